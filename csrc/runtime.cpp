@@ -1,0 +1,99 @@
+// What tch doesn't bind: generator states, the fused AdamW step, autocast's
+// dtype, TorchScript's module tree; and loading CUDA.
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
+#include <torch/script.h>
+
+#include <vector>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+#include "tch_peft.h"
+
+using namespace tch_peft;
+
+namespace {
+
+c10::Device device_of(int index) {
+  return index < 0 ? c10::Device(c10::kCPU) : c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(index));
+}
+
+std::vector<Tensor> collect(const tp_tensor* cells, size_t n) {
+  std::vector<Tensor> list;
+  for (size_t i = 0; i < n; i++) list.push_back(*cells[i]);
+  return list;
+}
+
+torch::jit::Module* module_of(void* module) { return static_cast<torch::jit::Module*>(module); }
+
+}  // namespace
+
+extern "C" {
+
+char* tp_generator_state(int device, tp_tensor* out) {
+  return guarded([&] {
+    auto generator = at::globalContext().defaultGenerator(device_of(device));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    *out = new Tensor(generator.get_state().clone());
+  });
+}
+
+char* tp_set_generator_state(int device, tp_tensor state) {
+  return guarded([&] {
+    auto generator = at::globalContext().defaultGenerator(device_of(device));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(*state);
+  });
+}
+
+char* tp_fused_adamw(const tp_tensor* params, const tp_tensor* grads, const tp_tensor* exp_avgs,
+                     const tp_tensor* exp_avg_sqs, const tp_tensor* steps, size_t n, double lr, double beta1,
+                     double beta2, double weight_decay, double eps) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_fused_adamw_(collect(params, n), collect(grads, n), collect(exp_avgs, n), collect(exp_avg_sqs, n), {},
+                      collect(steps, n), lr, beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false);
+  });
+}
+
+// The dtype that autocast asks for on this device, or -1 where it is off.
+int tp_autocast_kind(int device) {
+  auto type = device_of(device).type();
+  return at::autocast::is_autocast_enabled(type) ? static_cast<int>(at::autocast::get_autocast_dtype(type)) : -1;
+}
+
+// Per thread; answers what was set before.
+bool tp_set_graph_executor_optimize(bool on) {
+  bool before = torch::jit::getGraphExecutorOptimize();
+  torch::jit::setGraphExecutorOptimize(on);
+  return before;
+}
+
+char* tp_module_types(void* module, void* sink, void (*visit)(void*, const char*, const char*)) {
+  return guarded([&] {
+    for (const auto& item : module_of(module)->named_modules()) {
+      auto name = item.value.type()->name();
+      visit(sink, item.name.c_str(), name ? name->name().c_str() : "");
+    }
+  });
+}
+
+char* tp_module_buffers(void* module, void* sink, void (*visit)(void*, const char*, tp_tensor)) {
+  return guarded([&] {
+    for (const auto& item : module_of(module)->named_buffers()) visit(sink, item.name.c_str(), new Tensor(item.value));
+  });
+}
+
+// Gives freed heap pages back to the system, where the C library can.
+void tp_trim_heap() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
+char* tp_module_set_training(void* module, bool on) {
+  return guarded([&] { module_of(module)->train(on); });
+}
+}

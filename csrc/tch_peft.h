@@ -1,0 +1,85 @@
+// The C face of the shim. C++ hands operators and nodes to Rust and holds no
+// policy. Every function that can fail returns NULL or a message that the
+// caller frees with tp_free_message; nothing throws across this border.
+#pragma once
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace tch_peft {
+using at::Tensor;
+
+// Takes the tensor out of a heap cell that Rust gave away.
+inline Tensor take(Tensor* cell) {
+  Tensor value = std::move(*cell);
+  delete cell;
+  return value;
+}
+
+inline char* message(const char* text) { return strdup(text); }
+
+// Runs `f`, turning exceptions into messages.
+template <typename F>
+char* guarded(F&& f) {
+  try {
+    f();
+    return nullptr;
+  } catch (const c10::Error& e) {
+    return message(e.what_without_backtrace());
+  } catch (const std::exception& e) {
+    return message(e.what());
+  } catch (...) {
+    return message("unknown C++ exception");
+  }
+}
+}  // namespace tch_peft
+
+extern "C" {
+using tp_tensor = at::Tensor*;
+
+// What Rust does for an adapted weight. `site` is Rust's object; a false
+// result means that `error` was filled by tp_set_message.
+struct tp_site_calls {
+  bool (*linear)(void* site, tp_tensor x, tp_tensor bias, tp_tensor* out, std::string* error);
+  bool (*dense)(void* site, const char* op, tp_tensor* out, std::string* error);
+  const char* (*name)(void* site);
+  void (*drop)(void* site);
+};
+
+// What Rust does for an autograd node: `grads` has one cell per input, to be
+// left NULL where no gradient is needed.
+struct tp_node_calls {
+  bool (*backward)(void* node, tp_tensor grad, const tp_tensor* saved, size_t n_saved, const bool* needed,
+                   tp_tensor* grads, size_t n_inputs, std::string* error);
+  void (*drop)(void* node);
+};
+
+void tp_free_message(char* text);
+void tp_set_message(std::string* error, const char* text, size_t len);
+
+char* tp_attach(tp_tensor weight, const tp_site_calls* calls, void* site);
+char* tp_detach(tp_tensor weight, tp_tensor dense);
+void* tp_site_of(tp_tensor weight, const tp_site_calls* calls);
+
+bool tp_needs_grad(const tp_tensor* inputs, size_t n);
+char* tp_record(const tp_tensor* inputs, size_t n_inputs, const tp_tensor* saved, size_t n_saved, tp_tensor output,
+                const tp_node_calls* calls, void* node);
+
+char* tp_generator_state(int device, tp_tensor* out);
+char* tp_set_generator_state(int device, tp_tensor state);
+
+char* tp_fused_adamw(const tp_tensor* params, const tp_tensor* grads, const tp_tensor* exp_avgs,
+                     const tp_tensor* exp_avg_sqs, const tp_tensor* steps, size_t n, double lr, double beta1,
+                     double beta2, double weight_decay, double eps);
+
+int tp_autocast_kind(int device);
+bool tp_set_graph_executor_optimize(bool on);
+char* tp_module_types(void* module, void* sink, void (*visit)(void* sink, const char* path, const char* type));
+char* tp_module_buffers(void* module, void* sink, void (*visit)(void* sink, const char* path, tp_tensor tensor));
+char* tp_module_set_training(void* module, bool on);
+void tp_trim_heap();
+const char* tp_cuda_status();
+}

@@ -1,0 +1,128 @@
+//! What identifies a base: each weight's name, shape, dtype, scheme and bytes.
+
+use super::weights::{Weight, Weights, dtype_name};
+use crate::error::Result;
+use crate::ffi::bytes::tensor_bytes;
+use crate::quant::Scheme;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The identity of one weight.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightPrint {
+    /// Its name.
+    pub name: String,
+    /// Its dense shape.
+    pub shape: Vec<i64>,
+    /// Its dtype before packing, as safetensors names it (`F32`, `BF16`, …).
+    pub dtype: String,
+    /// How it is packed; `None` for a dense weight.
+    pub scheme: Option<Scheme>,
+    /// blake3 of its bytes as kept in memory, in hex. For a packed weight, of
+    /// each of its tensors' names and bytes in turn.
+    pub hash: String,
+}
+
+/// The identity of a base: that of each weight, sorted by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fingerprint {
+    /// One entry per weight.
+    pub weights: Vec<WeightPrint>,
+}
+
+impl Fingerprint {
+    pub(super) fn of(weights: &Weights) -> Result<Self> {
+        let weights = weights.iter().map(print_of).collect::<Result<_>>()?;
+        Ok(Fingerprint { weights })
+    }
+
+    /// One line for each weight in which `found` differs from this, the
+    /// recorded one. Empty if the bases are the same.
+    pub fn differences(&self, found: &Fingerprint) -> Vec<String> {
+        let by_name = |prints: &'_ Fingerprint| -> BTreeMap<String, WeightPrint> {
+            prints.weights.iter().map(|w| (w.name.clone(), w.clone())).collect()
+        };
+        let (recorded, mut found) = (by_name(self), by_name(found));
+        let mut lines = Vec::new();
+        for (name, recorded) in recorded {
+            match found.remove(&name) {
+                None => lines.push(format!("{name}: recorded, but missing in this base")),
+                Some(found) if found == recorded => {}
+                Some(found) => lines.push(format!("{name}: {}", difference(&recorded, &found))),
+            }
+        }
+        lines.extend(found.into_keys().map(|name| format!("{name}: not in the recorded base")));
+        lines
+    }
+}
+
+/// The first thing that differs, from the coarsest to the finest.
+fn difference(recorded: &WeightPrint, found: &WeightPrint) -> String {
+    let scheme = |s: &Option<Scheme>| s.map_or("dense".to_string(), |s| s.to_string());
+    if recorded.shape != found.shape {
+        format!("expected shape {:?}, found {:?}", recorded.shape, found.shape)
+    } else if recorded.scheme != found.scheme {
+        format!("expected {}, found {}", scheme(&recorded.scheme), scheme(&found.scheme))
+    } else if recorded.dtype != found.dtype {
+        format!("expected dtype {}, found {}", recorded.dtype, found.dtype)
+    } else {
+        "same shape and scheme, other values".into()
+    }
+}
+
+fn print_of(weight: &Weight) -> Result<WeightPrint> {
+    let frozen = weight.site().map(|site| site.frozen());
+    let mut hasher = blake3::Hasher::new();
+    let (shape, kind, scheme) = match &frozen {
+        Some(packed) if packed.scheme().is_some() => {
+            for (name, tensor) in packed.tensors()? {
+                hasher.update(name.as_bytes()).update_rayon(&tensor_bytes(&tensor)?);
+            }
+            (packed.shape().to_vec(), packed.kind(), packed.scheme())
+        }
+        other => {
+            let dense = other.as_ref().and_then(|dense| dense.as_dense());
+            let dense = dense.as_ref().unwrap_or(&weight.tensor);
+            hasher.update_rayon(&tensor_bytes(dense)?);
+            (dense.size(), dense.f_kind()?, None)
+        }
+    };
+    Ok(WeightPrint {
+        name: weight.name.clone(),
+        shape,
+        dtype: dtype_name(kind).into(),
+        scheme,
+        hash: hasher.finalize().to_hex().to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn print(name: &str, scheme: Option<Scheme>, hash: &str) -> WeightPrint {
+        let (name, dtype, hash) = (name.into(), "F32".into(), hash.into());
+        WeightPrint { name, shape: vec![2, 2], dtype, scheme, hash }
+    }
+
+    #[test]
+    fn differences_name_what_differs() {
+        let recorded = Fingerprint {
+            weights: vec![print("a", None, "1"), print("b", None, "1"), print("c", Some(Scheme::Int8), "1")],
+        };
+        let nf4 = Scheme::Nf4 { double_quant: false };
+        let found = Fingerprint {
+            weights: vec![print("b", None, "2"), print("c", Some(nf4), "1"), print("d", None, "1")],
+        };
+        assert_eq!(
+            recorded.differences(&found),
+            [
+                "a: recorded, but missing in this base",
+                "b: same shape and scheme, other values",
+                "c: expected int8, found nf4",
+                "d: not in the recorded base",
+            ]
+        );
+        assert!(recorded.differences(&recorded).is_empty());
+    }
+}

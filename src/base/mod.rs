@@ -1,0 +1,174 @@
+//! Floor 2: a base model, its named weights, quantising them, its fingerprint.
+
+mod fingerprint;
+mod report;
+mod site;
+mod torchscript;
+mod weights;
+
+pub use fingerprint::{Fingerprint, WeightPrint};
+pub use report::{QuantizationReport, QuantizedWeight};
+pub(crate) use site::{Adapter, Site};
+pub use torchscript::TorchScript;
+pub use weights::WeightRole;
+pub(crate) use weights::Weights;
+
+use crate::error::Result;
+use crate::names::suffix_matches;
+use crate::quant::QuantConfig;
+use std::path::Path;
+use std::sync::OnceLock;
+use tch::{Device, nn};
+
+/// A frozen base model: a module, unchanged, and the weights it runs on.
+///
+/// ```no_run
+/// use tch::{Device, nn};
+/// use tch_peft::{Base, QuantConfig};
+///
+/// let mut vs = nn::VarStore::new(Device::Cpu);
+/// let net = nn::seq()
+///     .add(nn::linear(vs.root() / "up", 64, 256, Default::default()))
+///     .add_fn(|x| x.gelu("none"))
+///     .add(nn::linear(vs.root() / "down", 256, 64, Default::default()));
+/// vs.load("base.safetensors")?;
+///
+/// let base = Base::new(vs, net).quantize(&QuantConfig::nf4().build()?)?;
+/// println!("{}", base.quantization_report());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct Base<M> {
+    module: M,
+    weights: Weights,
+    report: QuantizationReport,
+    /// Taken once: a base doesn't change while it is trained on.
+    fingerprint: OnceLock<Fingerprint>,
+}
+
+impl<M> Base<M> {
+    /// A `tch::nn` model and the store that its variables live in.
+    ///
+    /// The store's tensors are shared with the model's, so the model is
+    /// adapted without a change in it. Every variable is frozen
+    /// (`requires_grad` off) when the base is quantised or wrapped.
+    pub fn new(vs: nn::VarStore, module: M) -> Self {
+        let weights = Weights::of_var_store(&vs);
+        Base::from_parts(module, weights)
+    }
+
+    fn from_parts(module: M, weights: Weights) -> Self {
+        let report = QuantizationReport::default();
+        Base { module, weights, report, fingerprint: OnceLock::new() }
+    }
+
+    /// States what a weight is for, where its name misleads.
+    ///
+    /// `tch::nn` keeps no types: a two-dimensional `….weight` counts as
+    /// linear, unless a segment of its path says embedding (`embed…`, `emb`,
+    /// `wte`, `wpe`). `entry` is a module's path or its last segments.
+    #[must_use]
+    pub fn declare(mut self, entry: &str, role: WeightRole) -> Self {
+        for weight in self.weights.iter_mut() {
+            if weight.module_path().is_some_and(|path| suffix_matches(path, entry)) {
+                weight.role = role;
+            }
+        }
+        self
+    }
+
+    /// Packs the linear weights that `config` doesn't skip, one at a time; the
+    /// dense storage of each is freed before the next is read, so the peak is
+    /// one dense weight over the result. Biases, norms and embeddings stay.
+    ///
+    /// # Errors
+    /// [`Error::NoTarget`](crate::Error::NoTarget) for a skip entry that
+    /// matches nothing or a base without linear weights,
+    /// [`Error::AlreadyQuantized`](crate::Error::AlreadyQuantized),
+    /// [`Error::NotFinite`](crate::Error::NotFinite). All are found before the
+    /// first weight is touched.
+    pub fn quantize(mut self, config: &QuantConfig) -> Result<Self> {
+        self.quantize_in_place(config)?;
+        Ok(self)
+    }
+
+    /// [`Base::quantize`] for a base that is wrapped already.
+    pub(crate) fn quantize_in_place(&mut self, config: &QuantConfig) -> Result<()> {
+        self.report = self.weights.quantize(config)?;
+        self.fingerprint = OnceLock::new();
+        Ok(())
+    }
+
+    /// What was quantised, with bytes before and after.
+    pub fn quantization_report(&self) -> &QuantizationReport {
+        &self.report
+    }
+
+    /// The module, for a forward pass of its own signature.
+    pub fn module(&self) -> &M {
+        &self.module
+    }
+
+    pub(crate) fn module_mut(&mut self) -> &mut M {
+        &mut self.module
+    }
+
+    /// Names of all weights (parameters and buffers), sorted.
+    pub fn weight_names(&self) -> Vec<String> {
+        self.weights.iter().map(|w| w.name.clone()).collect()
+    }
+
+    pub(crate) fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// Every weight's name, shape, dtype, scheme and a hash of its bytes as
+    /// they are kept in memory. Adapters don't count. Taken at the first call.
+    ///
+    /// # Errors
+    /// libtorch's, when reading a tensor fails.
+    pub fn fingerprint(&self) -> Result<Fingerprint> {
+        if let Some(known) = self.fingerprint.get() {
+            return Ok(known.clone());
+        }
+        let fingerprint = Fingerprint::of(&self.weights)?;
+        Ok(self.fingerprint.get_or_init(|| fingerprint).clone())
+    }
+}
+
+impl Base<TorchScript> {
+    /// A module that PyTorch exported with `torch.jit.script` or
+    /// `torch.jit.trace`, loaded on the CPU.
+    ///
+    /// Names are PyTorch's, with dots: `model.layers.0.self_attn.q_proj.weight`.
+    ///
+    /// # Errors
+    /// [`Error::NoParameters`](crate::Error::NoParameters) for a module saved
+    /// after `torch.jit.freeze`; libtorch's for a file that it can't read.
+    pub fn torchscript(path: impl AsRef<Path>) -> Result<Self> {
+        Self::torchscript_on_device(path, Device::Cpu)
+    }
+
+    /// As [`Base::torchscript`], on a device.
+    ///
+    /// # Errors
+    /// As [`Base::torchscript`].
+    pub fn torchscript_on_device(path: impl AsRef<Path>, device: Device) -> Result<Self> {
+        let module = TorchScript::load(path.as_ref(), device)?;
+        let weights = module.weights(path.as_ref())?;
+        Ok(Base::from_parts(module, weights))
+    }
+}
+
+impl<M> From<(nn::VarStore, M)> for Base<M> {
+    fn from((vs, module): (nn::VarStore, M)) -> Self {
+        Base::new(vs, module)
+    }
+}
+
+/// A store alone: the caller keeps the model that runs on it.
+impl From<nn::VarStore> for Base<()> {
+    fn from(vs: nn::VarStore) -> Self {
+        Base::new(vs, ())
+    }
+}

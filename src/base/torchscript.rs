@@ -1,0 +1,81 @@
+//! A TorchScript module as a base.
+
+use super::{WeightRole, Weights};
+use crate::error::{Error, Result};
+use crate::ffi::runtime::{self, PlainGraphs};
+use std::borrow::Borrow;
+use std::collections::HashMap;
+use std::path::Path;
+use tch::{CModule, Device, IValue, Tensor};
+
+/// A module exported from PyTorch.
+///
+/// Its forward passes run with TorchScript's own graph optimiser off, on the
+/// calling thread and for the length of the call: the optimiser cuts parts out
+/// of the graph, detaches their inputs and differentiates them by formulas of
+/// its own, in which adapters don't occur.
+#[derive(Debug)]
+pub struct TorchScript {
+    module: CModule,
+}
+
+impl TorchScript {
+    pub(super) fn load(path: &Path, device: Device) -> Result<Self> {
+        if !path.is_file() {
+            let missing = std::io::Error::new(std::io::ErrorKind::NotFound, "no such file");
+            return Err(Error::Io { path: path.into(), source: missing });
+        }
+        let module = CModule::load_on_device(path, device)?;
+        Ok(TorchScript { module })
+    }
+
+    /// The parameters and buffers; the classes of the modules tell which
+    /// matrices are linear weights.
+    pub(super) fn weights(&self, path: &Path) -> Result<Weights> {
+        let parameters = self.module.named_parameters()?;
+        if parameters.is_empty() {
+            return Err(Error::NoParameters { path: path.into() });
+        }
+        let classes: HashMap<String, String> = runtime::module_types(&self.module)?.into_iter().collect();
+        let buffers = runtime::module_buffers(&self.module)?;
+        Ok(Weights::new(parameters.into_iter().chain(buffers), |path| {
+            match classes.get(path).map(String::as_str) {
+                Some(class) if class.ends_with("Linear") => WeightRole::Linear,
+                Some(class) if class.ends_with("Embedding") => WeightRole::Embedding,
+                _ => WeightRole::Other,
+            }
+        }))
+    }
+
+    /// The forward pass on one tensor.
+    ///
+    /// # Errors
+    /// libtorch's, such as for a shape that doesn't fit.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_ts(&[x])
+    }
+
+    /// The forward pass on tensors, answering one tensor.
+    ///
+    /// # Errors
+    /// libtorch's; also if the module answers something else.
+    pub fn forward_ts<T: Borrow<Tensor>>(&self, inputs: &[T]) -> Result<Tensor> {
+        let _plain = PlainGraphs::new();
+        Ok(self.module.forward_ts(inputs)?)
+    }
+
+    /// The forward pass on any values, answering any value.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn forward_is<T: Borrow<IValue>>(&self, inputs: &[T]) -> Result<IValue> {
+        let _plain = PlainGraphs::new();
+        Ok(self.module.forward_is(inputs)?)
+    }
+
+    /// Training mode (dropout live) or evaluation, for the module and all its
+    /// children. A traced module keeps the mode it was traced in.
+    pub(crate) fn set_training(&mut self, on: bool) -> Result<()> {
+        runtime::set_training(&mut self.module, on)
+    }
+}

@@ -1,0 +1,217 @@
+//! The named weights of a base.
+
+use super::{QuantizationReport, QuantizedWeight, Site};
+use crate::error::{Error, Result};
+use crate::ffi::{bytes::element_size, hook, runtime::trim_heap};
+use crate::names;
+use crate::quant::{self, Dense, QuantConfig};
+use std::sync::Arc;
+use tch::{Kind, Tensor, nn};
+
+/// What a weight is for, hence what may be done to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum WeightRole {
+    /// The (out, in) weight of a linear layer: it can be quantised and adapted.
+    Linear,
+    /// A table of which rows are looked up. Left as it is.
+    Embedding,
+    /// Everything else: biases, norms, convolutions, buffers. Left as it is.
+    Other,
+}
+
+/// One tensor of the base: a handle on the very tensor that the module uses.
+#[derive(Debug)]
+pub(crate) struct Weight {
+    pub(crate) name: String,
+    pub(crate) tensor: Tensor,
+    pub(crate) role: WeightRole,
+}
+
+impl Weight {
+    /// The path of the module that it belongs to, if it is a `….weight`.
+    pub(crate) fn module_path(&self) -> Option<&str> {
+        names::module_path(&self.name)
+    }
+
+    /// The module's path, if the weight is a linear one.
+    pub(crate) fn linear_path(&self) -> Option<&str> {
+        self.module_path().filter(|_| self.role == WeightRole::Linear)
+    }
+
+    /// The site that the tensor carries, if it is quantised or adapted.
+    pub(crate) fn site(&self) -> Option<Arc<Site>> {
+        hook::site_of::<Site>(&self.tensor)
+    }
+
+    /// The site, made on a dense weight if there is none yet.
+    pub(crate) fn site_or_attach(&self) -> Result<Arc<Site>> {
+        if let Some(site) = self.site() {
+            return Ok(site);
+        }
+        let dense = Dense::new(self.tensor.f_detach()?.f_contiguous()?)?;
+        let site = Arc::new(Site::new(&self.name, Arc::new(dense)));
+        let _ = self.tensor.f_set_requires_grad(false)?;
+        hook::attach(&self.tensor, &self.name, Arc::clone(&site))?;
+        Ok(site)
+    }
+}
+
+/// All tensors of a base, sorted by name.
+#[derive(Debug)]
+pub(crate) struct Weights(Vec<Weight>);
+
+impl Weights {
+    /// `role` answers for two-dimensional float tensors called `….weight`.
+    pub(crate) fn new(
+        tensors: impl IntoIterator<Item = (String, Tensor)>,
+        role: impl Fn(&str) -> WeightRole,
+    ) -> Self {
+        let mut weights: Vec<Weight> = tensors
+            .into_iter()
+            .map(|(name, tensor)| {
+                let matrix = tensor.dim() == 2 && tensor.is_floating_point();
+                let role = match names::module_path(&name) {
+                    Some(path) if matrix => role(path),
+                    _ => WeightRole::Other,
+                };
+                Weight { name, tensor, role }
+            })
+            .collect();
+        weights.sort_by(|a, b| a.name.cmp(&b.name));
+        Weights(weights)
+    }
+
+    pub(crate) fn of_var_store(vs: &nn::VarStore) -> Self {
+        Weights::new(vs.variables(), role_by_name)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Weight> {
+        self.0.iter()
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Weight> {
+        self.0.iter_mut()
+    }
+
+    /// The linear weights with their modules' paths.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = (&str, &Weight)> {
+        self.0.iter().filter_map(|w| Some((w.linear_path()?, w)))
+    }
+
+    /// Turns gradients off everywhere.
+    pub(crate) fn freeze(&self) -> Result<()> {
+        for weight in self.0.iter().filter(|w| w.tensor.requires_grad()) {
+            let _ = weight.tensor.f_set_requires_grad(false)?;
+        }
+        Ok(())
+    }
+
+    /// Packs the linear weights that aren't skipped; see `Base::quantize`.
+    pub(crate) fn quantize(&self, config: &QuantConfig) -> Result<QuantizationReport> {
+        let chosen = self.to_quantize(config)?;
+        self.freeze()?;
+        let mut report = QuantizationReport::default();
+        for weight in chosen {
+            // A tied weight was packed under its first name.
+            if weight.site().is_some_and(|site| site.frozen().scheme().is_some()) {
+                continue;
+            }
+            let site = weight.site_or_attach()?;
+            let dense = site.frozen();
+            let Some(values) = dense.as_dense() else { continue };
+            let packed = quant::pack(&values, config.scheme())?;
+            report.push(QuantizedWeight {
+                name: weight.name.clone(),
+                shape: packed.shape(),
+                scheme: config.scheme(),
+                bytes_before: dense.shape().iter().product::<i64>() as usize * element_size(dense.kind()),
+                bytes_after: packed.nbytes()?,
+            });
+            site.replace_frozen(packed);
+        }
+        trim_heap();
+        tracing::info!(
+            scheme = %config.scheme(),
+            weights = report.weights().len(),
+            bytes_before = report.bytes_before(),
+            bytes_after = report.bytes_after(),
+            "quantised the base"
+        );
+        Ok(report)
+    }
+
+    /// The weights that `config` means, all found fit before one is touched.
+    fn to_quantize(&self, config: &QuantConfig) -> Result<Vec<&Weight>> {
+        let paths: Vec<&str> = self.linears().map(|(path, _)| path).collect();
+        for entry in config.skip() {
+            if !paths.iter().any(|path| names::suffix_matches(path, entry)) {
+                return Err(Error::NoTarget { target: entry.clone(), near: names::near(entry, paths) });
+            }
+        }
+        let chosen: Vec<&Weight> =
+            self.linears().filter(|(path, _)| !config.skips(path)).map(|(_, w)| w).collect();
+        if chosen.is_empty() {
+            return Err(Error::NoTarget { target: "linear weights to quantise".into(), near: vec![] });
+        }
+        for weight in &chosen {
+            let frozen = weight.site().map(|site| site.frozen());
+            if let Some(scheme) = frozen.as_ref().and_then(|f| f.scheme()) {
+                let (name, scheme) = (weight.name.clone(), scheme.to_string());
+                return Err(Error::AlreadyQuantized { name, scheme });
+            }
+            match frozen.and_then(|f| f.as_dense()) {
+                Some(dense) => quant::check(&weight.name, &dense)?,
+                None => quant::check(&weight.name, &weight.tensor)?,
+            }
+        }
+        Ok(chosen)
+    }
+}
+
+/// tch keeps no layer types, so that names must tell embeddings.
+fn role_by_name(path: &str) -> WeightRole {
+    let embedding = path.split('.').any(|segment| {
+        let segment = segment.to_ascii_lowercase();
+        segment.contains("embed") || ["emb", "wte", "wpe"].contains(&segment.as_str())
+    });
+    if embedding { WeightRole::Embedding } else { WeightRole::Linear }
+}
+
+/// The dtype name as safetensors writes it.
+pub(crate) fn dtype_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Uint8 | Kind::QUInt8 => "U8",
+        Kind::Int8 | Kind::QInt8 => "I8",
+        Kind::Int16 => "I16",
+        Kind::Int | Kind::QInt32 => "I32",
+        Kind::Int64 => "I64",
+        Kind::Half => "F16",
+        Kind::Float => "F32",
+        Kind::Double => "F64",
+        Kind::Bool => "BOOL",
+        Kind::BFloat16 => "BF16",
+        Kind::Float8e5m2 => "F8_E5M2",
+        Kind::Float8e4m3fn => "F8_E4M3",
+        Kind::Float8e5m2fnuz => "F8_E5M2FNUZ",
+        Kind::Float8e4m3fnuz => "F8_E4M3FNUZ",
+        Kind::ComplexHalf => "C32",
+        Kind::ComplexFloat => "C64",
+        Kind::ComplexDouble => "C128",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_embeddings() {
+        for path in ["model.embed_tokens", "wte", "h.0.wpe", "emb", "patch_embed.proj"] {
+            assert_eq!(role_by_name(path), WeightRole::Embedding, "{path}");
+        }
+        for path in ["lm_head", "h.0.member", "q_proj"] {
+            assert_eq!(role_by_name(path), WeightRole::Linear, "{path}");
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! The raw elements of a CPU tensor.
+
+use crate::error::{Error, Result};
+use tch::{Device, Kind, Tensor};
+
+/// Bytes per element.
+pub(crate) fn element_size(kind: Kind) -> usize {
+    match kind {
+        Kind::Uint8 | Kind::Int8 | Kind::Bool | Kind::QInt8 | Kind::QUInt8 => 1,
+        Kind::Float8e5m2 | Kind::Float8e4m3fn | Kind::Float8e5m2fnuz | Kind::Float8e4m3fnuz => 1,
+        Kind::Int16 | Kind::Half | Kind::BFloat16 => 2,
+        Kind::Int | Kind::Float | Kind::QInt32 | Kind::ComplexHalf => 4,
+        Kind::Int64 | Kind::Double | Kind::ComplexFloat => 8,
+        Kind::ComplexDouble => 16,
+    }
+}
+
+/// The element types that a slice can be read as.
+pub(crate) trait Plain: Copy + Send + Sync + 'static {
+    const KIND: Kind;
+}
+
+macro_rules! plain {
+    ($($rust:ty => $kind:ident),*) => { $(impl Plain for $rust { const KIND: Kind = Kind::$kind; })* };
+}
+plain!(u8 => Uint8, i8 => Int8, f32 => Float, half::f16 => Half, half::bf16 => BFloat16, i64 => Int64);
+
+fn pointer(tensor: &Tensor, kind: Kind) -> Result<*mut u8> {
+    let found = (tensor.f_kind()?, tensor.device(), tensor.is_contiguous());
+    if found != (kind, Device::Cpu, true) {
+        return Err(Error::Mismatch {
+            name: "tensor".into(),
+            expected: format!("{kind:?}, contiguous, on the CPU"),
+            found: format!("{:?}, contiguous {}, on {:?}", found.0, found.2, found.1),
+        });
+    }
+    let pointer = tensor.data_ptr();
+    if pointer.is_null() && tensor.numel() > 0 {
+        return Err(Error::Mismatch {
+            name: "tensor".into(),
+            expected: "a tensor with storage".into(),
+            found: "none".into(),
+        });
+    }
+    Ok(pointer.cast())
+}
+
+/// Reads the elements of a contiguous CPU tensor.
+pub(crate) fn read<T: Plain, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> R) -> Result<R> {
+    let data = pointer(tensor, T::KIND)?.cast::<T>().cast_const();
+    if data.is_null() {
+        return Ok(f(&[]));
+    }
+    // SAFETY: the tensor is contiguous, on the CPU and of type `T`, so `numel`
+    // elements stand at `data`, aligned by libtorch's allocator; the borrow
+    // keeps it alive. Nothing in this crate writes to a tensor it lends here.
+    Ok(f(unsafe { std::slice::from_raw_parts(data, tensor.numel()) }))
+}
+
+/// Writes the elements of a contiguous CPU tensor that the caller just made.
+pub(crate) fn write<T: Plain, R>(tensor: &mut Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+    let data = pointer(tensor, T::KIND)?.cast::<T>();
+    if data.is_null() {
+        return Ok(f(&mut []));
+    }
+    // SAFETY: as in `read`; the exclusive borrow is of a tensor that the
+    // caller made and has not shared, so nobody else reads or writes it.
+    Ok(f(unsafe { std::slice::from_raw_parts_mut(data, tensor.numel()) }))
+}
+
+/// The bytes of a tensor, row-major, little-endian, from any device.
+pub(crate) fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let kind = tensor.f_kind()?;
+    let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+    let data = pointer(&tensor, kind)?;
+    if data.is_null() {
+        return Ok(Vec::new());
+    }
+    let len = tensor.numel() * element_size(kind);
+    // SAFETY: contiguous and on the CPU, so `len` bytes stand at `data`; any
+    // byte is a valid `u8`; they are copied before the tensor is dropped.
+    Ok(unsafe { std::slice::from_raw_parts(data.cast_const(), len) }.to_vec())
+}
+
+/// A new CPU tensor from its bytes.
+pub(crate) fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Result<Tensor> {
+    let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(usize::try_from(d).ok()?));
+    let len = elements.and_then(|n| n.checked_mul(element_size(kind)));
+    if len != Some(bytes.len()) {
+        return Err(Error::Mismatch {
+            name: "tensor".into(),
+            expected: format!("bytes of {kind:?} {shape:?}"),
+            found: format!("{} bytes", bytes.len()),
+        });
+    }
+    let tensor = Tensor::f_empty(shape, (kind, Device::Cpu))?;
+    let data = pointer(&tensor, kind)?;
+    if !data.is_null() {
+        // SAFETY: the tensor was just made with room for `bytes.len()` bytes.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), data, bytes.len()) };
+    }
+    Ok(tensor)
+}

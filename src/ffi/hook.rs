@@ -1,0 +1,139 @@
+//! The weight hook: a weight that asks Rust what to do.
+
+use super::{CppString, check, drop_boxed, give, guard, into_opaque, raw};
+use crate::error::Result;
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::sync::Arc;
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+/// What an adapted weight answers when libtorch's operators meet it.
+pub(crate) trait WeightSite: Send + Sync {
+    /// `linear(x, weight, bias)`: x (…, in), result (…, out).
+    fn linear(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor>;
+
+    /// The dense effective weight, for `op`, an operator without a kernel.
+    fn dense(&self, op: &str) -> Result<Tensor>;
+}
+
+/// What C++ holds: the site, and its name as C reads it.
+struct Held<S> {
+    site: Arc<S>,
+    name: CString,
+}
+
+type LinearCall = unsafe extern "C" fn(
+    *mut c_void,
+    *mut C_tensor,
+    *mut C_tensor,
+    *mut *mut C_tensor,
+    *mut CppString,
+) -> bool;
+type DenseCall =
+    unsafe extern "C" fn(*mut c_void, *const c_char, *mut *mut C_tensor, *mut CppString) -> bool;
+
+#[repr(C)]
+struct SiteCalls {
+    linear: LinearCall,
+    dense: DenseCall,
+    name: unsafe extern "C" fn(*mut c_void) -> *const c_char,
+    drop: unsafe extern "C" fn(*mut c_void),
+}
+
+unsafe extern "C" {
+    fn tp_attach(weight: *mut C_tensor, calls: *const SiteCalls, site: *mut c_void) -> *mut c_char;
+    fn tp_detach(weight: *mut C_tensor, dense: *mut C_tensor) -> *mut c_char;
+    fn tp_site_of(weight: *mut C_tensor, calls: *const SiteCalls) -> *mut c_void;
+}
+
+/// The table for sites of type `S`; its address also tells our sites apart.
+struct Table<S>(std::marker::PhantomData<S>);
+
+impl<S: WeightSite + 'static> Table<S> {
+    const CALLS: &'static SiteCalls = &SiteCalls {
+        linear: call_linear::<S>,
+        dense: call_dense::<S>,
+        name: call_name::<S>,
+        drop: drop_boxed::<Held<S>>,
+    };
+}
+
+/// Reads the object that C++ passed back.
+///
+/// # Safety
+/// `site` must be a live `Held<S>` made by [`attach`].
+unsafe fn held<'a, S>(site: *mut c_void) -> &'a Held<S> {
+    // SAFETY: promised by the caller; C++ keeps the object alive for the call.
+    unsafe { &*site.cast::<Held<S>>() }
+}
+
+unsafe extern "C" fn call_linear<S: WeightSite>(
+    site: *mut c_void,
+    x: *mut C_tensor,
+    bias: *mut C_tensor,
+    out: *mut *mut C_tensor,
+    error: *mut CppString,
+) -> bool {
+    let result = guard(error, || {
+        // SAFETY: C++ passes the object that `attach` gave it, and tensors
+        // that live for the length of this call; `bias` is null or valid.
+        let (held, x, bias) = unsafe {
+            let bias = (!bias.is_null()).then(|| super::borrow(bias));
+            (held::<S>(site), super::borrow(x), bias)
+        };
+        held.site.linear(&x, bias.as_ref())
+    });
+    // SAFETY: `out` points to a cell on the caller's stack.
+    result.map(|y| unsafe { *out = give(y) }).is_some()
+}
+
+unsafe extern "C" fn call_dense<S: WeightSite>(
+    site: *mut c_void,
+    op: *const c_char,
+    out: *mut *mut C_tensor,
+    error: *mut CppString,
+) -> bool {
+    let result = guard(error, || {
+        // SAFETY: as in `call_linear`; `op` is the operator's name, a C string.
+        let (held, op) = unsafe { (held::<S>(site), CStr::from_ptr(op)) };
+        held.site.dense(&op.to_string_lossy())
+    });
+    // SAFETY: `out` points to a cell on the caller's stack.
+    result.map(|w| unsafe { *out = give(w) }).is_some()
+}
+
+unsafe extern "C" fn call_name<S>(site: *mut c_void) -> *const c_char {
+    // SAFETY: as in `call_linear`; the string lives as long as the object.
+    unsafe { held::<S>(site) }.name.as_ptr()
+}
+
+/// Makes `weight`, and with it every handle on the same tensor, answer
+/// through `site`. Its dense storage is let go; take `weight.f_detach()`
+/// before, if it is still wanted.
+pub(crate) fn attach<S: WeightSite + 'static>(
+    weight: &Tensor,
+    name: &str,
+    site: Arc<S>,
+) -> Result<()> {
+    let name = CString::new(name.replace('\0', " ")).unwrap_or_default();
+    let object = into_opaque(Held { site, name });
+    // SAFETY: the weight is borrowed; the table is static and fits `Held<S>`;
+    // the shim owns the object from here on, and drops it if it fails.
+    check(unsafe { tp_attach(raw(weight), Table::<S>::CALLS, object) })
+}
+
+/// Gives an adapted weight the plain tensor `dense` back; drops its site.
+pub(crate) fn detach(weight: &Tensor, dense: &Tensor) -> Result<()> {
+    // SAFETY: both tensors are borrowed for the call.
+    check(unsafe { tp_detach(raw(weight), raw(dense)) })
+}
+
+/// The site of an adapted weight, if it has one of type `S`.
+pub(crate) fn site_of<S: WeightSite + 'static>(weight: &Tensor) -> Option<Arc<S>> {
+    // SAFETY: the weight is borrowed; the answer is null or an object that was
+    // attached with this very table, hence a `Held<S>`, alive while the weight is.
+    unsafe {
+        let site = tp_site_of(raw(weight), Table::<S>::CALLS);
+        (!site.is_null()).then(|| Arc::clone(&held::<S>(site).site))
+    }
+}

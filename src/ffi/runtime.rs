@@ -1,0 +1,129 @@
+//! Settings and module facts of libtorch that tch doesn't bind.
+
+use super::{check, generator::device_index, own};
+use crate::error::Result;
+use std::ffi::{CStr, c_char, c_void};
+use tch::{CModule, Device, Kind, Tensor};
+use torch_sys::C_tensor;
+
+type TypeVisitor = unsafe extern "C" fn(*mut c_void, *const c_char, *const c_char);
+type BufferVisitor = unsafe extern "C" fn(*mut c_void, *const c_char, *mut C_tensor);
+
+unsafe extern "C" {
+    fn tp_autocast_kind(device: i32) -> i32;
+    fn tp_set_graph_executor_optimize(on: bool) -> bool;
+    fn tp_module_types(module: *mut c_void, sink: *mut c_void, visit: TypeVisitor) -> *mut c_char;
+    fn tp_module_buffers(
+        module: *mut c_void,
+        sink: *mut c_void,
+        visit: BufferVisitor,
+    ) -> *mut c_char;
+    fn tp_module_set_training(module: *mut c_void, on: bool) -> *mut c_char;
+    fn tp_trim_heap();
+    fn tp_cuda_status() -> *const c_char;
+}
+
+/// The dtype that autocast asks for on this device and thread, if it is on.
+pub(crate) fn autocast_kind(device: Device) -> Option<Kind> {
+    let index = device_index(device).ok()?;
+    // SAFETY: reads a thread-local setting.
+    match unsafe { tp_autocast_kind(index) } {
+        5 => Some(Kind::Half),
+        6 => Some(Kind::Float),
+        15 => Some(Kind::BFloat16),
+        _ => None,
+    }
+}
+
+/// Keeps TorchScript from differentiating graphs by itself, on this thread,
+/// while it lives.
+///
+/// The optimising executor cuts a graph out, detaches its inputs and applies
+/// derivative formulas of its own: gradients of adapters would be lost.
+pub(crate) struct PlainGraphs {
+    before: bool,
+    /// The setting is the thread's, so the guard must not leave it.
+    _not_send: std::marker::PhantomData<*const ()>,
+}
+
+impl PlainGraphs {
+    pub(crate) fn new() -> Self {
+        // SAFETY: sets a thread-local setting.
+        let before = unsafe { tp_set_graph_executor_optimize(false) };
+        PlainGraphs { before, _not_send: std::marker::PhantomData }
+    }
+}
+
+impl Drop for PlainGraphs {
+    fn drop(&mut self) {
+        // SAFETY: sets a thread-local setting.
+        unsafe { tp_set_graph_executor_optimize(self.before) };
+    }
+}
+
+/// The `torch::jit::Module*` inside tch's handle.
+fn module_ptr(module: &CModule) -> *mut c_void {
+    const { assert!(size_of::<CModule>() == size_of::<*mut c_void>()) };
+    // SAFETY: `CModule` has one field, that pointer, and its size leaves room
+    // for nothing else; it is read while the module is borrowed.
+    unsafe { *std::ptr::from_ref(module).cast::<*mut c_void>() }
+}
+
+/// (path, class name) of each submodule, the root's path being empty.
+pub(crate) fn module_types(module: &CModule) -> Result<Vec<(String, String)>> {
+    unsafe extern "C" fn visit(sink: *mut c_void, path: *const c_char, class: *const c_char) {
+        // SAFETY: `sink` is the vector below, lent for the call; both strings
+        // are C strings that live for the length of this call.
+        unsafe {
+            let text = |s| CStr::from_ptr(s).to_string_lossy().into_owned();
+            (*sink.cast::<Vec<(String, String)>>()).push((text(path), text(class)));
+        }
+    }
+    let mut types: Vec<(String, String)> = Vec::new();
+    // SAFETY: the module is borrowed; `visit` fits the sink.
+    check(unsafe {
+        tp_module_types(module_ptr(module), (&raw mut types).cast::<c_void>(), visit)
+    })?;
+    Ok(types)
+}
+
+/// (name, tensor) of each buffer, such as a batch norm's running mean.
+pub(crate) fn module_buffers(module: &CModule) -> Result<Vec<(String, Tensor)>> {
+    unsafe extern "C" fn visit(sink: *mut c_void, path: *const c_char, tensor: *mut C_tensor) {
+        // SAFETY: `sink` is the vector below; `path` is a C string and
+        // `tensor` a cell made by `new`, which becomes ours.
+        unsafe {
+            let path = CStr::from_ptr(path).to_string_lossy().into_owned();
+            (*sink.cast::<Vec<(String, Tensor)>>()).push((path, own(tensor)));
+        }
+    }
+    let mut buffers: Vec<(String, Tensor)> = Vec::new();
+    // SAFETY: the module is borrowed; `visit` fits the sink.
+    check(unsafe {
+        tp_module_buffers(module_ptr(module), (&raw mut buffers).cast::<c_void>(), visit)
+    })?;
+    Ok(buffers)
+}
+
+/// Sets the training flag of a TorchScript module and all its children.
+pub(crate) fn set_training(module: &mut CModule, on: bool) -> Result<()> {
+    // SAFETY: the module is borrowed exclusively.
+    check(unsafe { tp_module_set_training(module_ptr(module), on) })
+}
+
+/// Gives freed memory back to the system.
+///
+/// A model's dense weights lie in the C library's heap one after the other;
+/// freed one by one, most of their pages would stay with the process.
+pub(crate) fn trim_heap() {
+    // SAFETY: `malloc_trim` may be called at any time, from any thread.
+    unsafe { tp_trim_heap() };
+}
+
+/// What came of loading libtorch's CUDA half when the program started.
+///
+/// One of `loaded <path>`, `no CUDA driver …`, or `CPU-only: <reason>`.
+pub fn cuda_status() -> String {
+    // SAFETY: a static, NUL-terminated string.
+    unsafe { CStr::from_ptr(tp_cuda_status()) }.to_string_lossy().into_owned()
+}

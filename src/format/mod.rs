@@ -1,0 +1,33 @@
+//! Floor 4: adapter files, in and out.
+
+pub(crate) mod peft;
+pub(crate) mod safetensors;
+
+use std::fmt;
+
+/// What came of loading an adapter.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LoadReport {
+    /// Keys of the file that were loaded.
+    pub loaded: Vec<String>,
+    /// Keys that the model needs and the file lacks. Loading is strict, so
+    /// this is empty in a report of success.
+    pub missing: Vec<String>,
+    /// Keys of the file that have no place in the model. Empty likewise.
+    pub unexpected: Vec<String>,
+    /// Keys of `adapter_config.json` that this version doesn't know. They are
+    /// kept and written again when the adapter is saved.
+    pub unknown_config_keys: Vec<String>,
+}
+
+impl fmt::Display for LoadReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} tensors loaded", self.loaded.len())?;
+        let lists =
+            [("missing", &self.missing), ("unexpected", &self.unexpected), ("unknown config keys", &self.unknown_config_keys)];
+        for (what, keys) in lists.into_iter().filter(|(_, keys)| !keys.is_empty()) {
+            write!(f, "; {what}: {}", keys.join(", "))?;
+        }
+        Ok(())
+    }
+}

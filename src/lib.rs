@@ -1,0 +1,94 @@
+//! PEFT for libtorch: LoRA on quantised bases, for any model, with resume that
+//! is exact to the bit.
+//!
+//! Three ideas carry the crate:
+//!
+//! - **The weight carries the adapter.** A `tch` model, or a TorchScript module
+//!   exported from PyTorch, is adapted without a change in it: the weight tensor
+//!   itself answers `linear` with the packed base and the adapter on it. See
+//!   [`Base`] and [`LoraModel::wrap`].
+//! - **One autograd node per adapted linear.** It keeps the frozen weight packed
+//!   and unpacks it again, tile by tile, in the backward pass.
+//! - **Resume is exact.** A run killed at any instant and resumed any number of
+//!   times gives the same bytes as one that was never killed. See [`Run`].
+//!
+//! Names are those of Hugging Face PEFT, and adapters are exchanged with it in
+//! both directions.
+//!
+//! ```no_run
+//! use tch::{Device, Kind, nn};
+//! use tch_peft::{AdamW, Base, LoraConfig, LoraModel, Parts, QuantConfig, Run, Sampler, Schedule};
+//! # fn batch(rows: &[usize]) -> tch::Tensor { unimplemented!() }
+//!
+//! // Any tch model, unchanged.
+//! let mut vs = nn::VarStore::new(Device::cuda_if_available());
+//! let net = nn::seq()
+//!     .add(nn::linear(vs.root() / "up", 64, 256, Default::default()))
+//!     .add_fn(|x| x.gelu("none"))
+//!     .add(nn::linear(vs.root() / "down", 256, 64, Default::default()));
+//! vs.load("base.safetensors")?;
+//!
+//! let base = Base::new(vs, net).quantize(&QuantConfig::nf4().double_quant(true).build()?)?;
+//! let config = LoraConfig::builder().r(16).lora_alpha(32.0).target_modules(["up", "down"]).build()?;
+//! let mut model = LoraModel::wrap(base, config)?;
+//!
+//! let mut optimizer = AdamW::builder().lr(1e-4).build(model.trainable_parameters())?;
+//! let schedule = Schedule::cosine(10, 1000);
+//! let mut sampler = Sampler::new(10_000, 8, 42)?;
+//! let mut run = Run::builder("runs/a").every(50).keep(2).build()?;
+//!
+//! // The same command starts the run and goes on with it.
+//! run.resume_or_start(&mut Parts {
+//!     model: &mut model,
+//!     optimizer: &mut optimizer,
+//!     schedule: &schedule,
+//!     sampler: &mut sampler,
+//! })?;
+//! while run.current_step() < 1000 {
+//!     let rows = sampler.next_batch();
+//!     let loss = model.forward(&batch(&rows))?.mean(Kind::Float);
+//!     loss.f_backward()?;
+//!     tch_peft::Optimizer::step(&mut optimizer)?;
+//!     tch_peft::Optimizer::zero_grad(&mut optimizer);
+//!     run.step(&mut Parts {
+//!         model: &mut model,
+//!         optimizer: &mut optimizer,
+//!         schedule: &schedule,
+//!         sampler: &mut sampler,
+//!     })?;
+//! }
+//! model.save_pretrained("adapter")?; // loads in HF PEFT, and in other programs
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Linking
+//!
+//! The crate builds wherever `tch` builds, by the same environment variables
+//! (`LIBTORCH`, `LIBTORCH_USE_PYTORCH`, …), and needs a C++17 compiler. On a
+//! machine with a CUDA driver it loads libtorch's CUDA half when the program
+//! starts; [`cuda_status`] tells what came of it.
+//!
+//! The guides are in the repository's `docs/`.
+
+mod base;
+//CK pub mod checkpoint;
+mod error;
+pub(crate) mod ffi;
+mod format;
+mod lora;
+mod model;
+mod names;
+pub mod quant;
+mod train;
+
+pub use base::{Base, Fingerprint, QuantizationReport, QuantizedWeight, TorchScript, WeightPrint, WeightRole};
+//CK pub use checkpoint::{Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport};
+pub use error::{Error, Result};
+pub use ffi::runtime::cuda_status;
+pub use format::LoadReport;
+pub use lora::{InitLoraWeights, LoraConfig, LoraConfigBuilder, TargetModules};
+pub use model::{DisabledAdapters, ForwardModule, LoraModel, NamedParameter, Summary};
+pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
+pub use train::{
+    AdamW, AdamWBuilder, Optimizer, OptimizerState, RngState, Sampler, SamplerState, Schedule, clip_grad_norm,
+};

@@ -1,0 +1,125 @@
+//! Adapters to and from PEFT's folders.
+
+use super::{LoraModel, NamedParameter};
+use crate::base::Base;
+use crate::error::{Error, Result};
+use crate::format::{LoadReport, peft, safetensors};
+use crate::quant::check_finite;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use tch::Tensor;
+
+impl<M> LoraModel<M> {
+    /// Loads an adapter, written here or by HF PEFT, for inference: nothing is
+    /// trainable, and the mode is evaluation.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Corrupt`], [`Error::Unsupported`] for features
+    /// that we don't have, [`Error::Keys`] unless the file's keys are the
+    /// model's, [`Error::Mismatch`] for a shape, [`Error::NotFinite`]; and
+    /// those of [`LoraModel::wrap`].
+    pub fn from_pretrained(base: impl Into<Base<M>>, folder: impl AsRef<Path>) -> Result<Self> {
+        let model = Self::load(base.into(), folder.as_ref())?;
+        for parameter in model.parameters() {
+            let _ = parameter.tensor.f_set_requires_grad(false)?;
+        }
+        model.switches.training.store(false, Ordering::Relaxed);
+        Ok(model)
+    }
+
+    /// Warm start: a new training run from an adapter alone.
+    ///
+    /// Only the adapter and its configuration are taken. Optimizer, schedule,
+    /// data order and random numbers start anew; to go on with a run, use
+    /// [`Run::resume_or_start`](crate::Run::resume_or_start).
+    ///
+    /// # Errors
+    /// As [`LoraModel::from_pretrained`].
+    pub fn init_lora(base: impl Into<Base<M>>, folder: impl AsRef<Path>) -> Result<Self> {
+        Self::load(base.into(), folder.as_ref())
+    }
+
+    fn load(base: Base<M>, folder: &Path) -> Result<Self> {
+        let read = peft::read_config(folder)?;
+        let path = folder.join(peft::WEIGHTS_FILE);
+        let tensors = safetensors::read(&path)?;
+        // The values are loaded over the initial ones: any will do, and PEFT's
+        // `false` alone would cost a second draw.
+        let mut model = Self::attach(base, read.config, crate::lora::InitLoraWeights::Default)?;
+        let mut report = model.load_tensors(&path, tensors).inspect_err(|_| model.remove_adapters())?;
+        report.unknown_config_keys = read.unknown;
+        if !report.unknown_config_keys.is_empty() {
+            let keys = report.unknown_config_keys.join(", ");
+            tracing::warn!(folder = %folder.display(), keys, "adapter_config.json has keys that this version doesn't know; they are kept");
+        }
+        model.report = Some(report);
+        Ok(model)
+    }
+
+    /// Takes the adapters off again, after a failure.
+    fn remove_adapters(&self) {
+        for layer in &self.layers {
+            layer.site.set_adapter(None);
+        }
+    }
+
+    /// Loads A and B in place, all or none.
+    pub(crate) fn load_tensors(&self, path: &Path, mut tensors: BTreeMap<String, Tensor>) -> Result<LoadReport> {
+        let parameters = self.parameters();
+        let missing: Vec<String> =
+            parameters.iter().filter(|p| !tensors.contains_key(&p.name)).map(|p| p.name.clone()).collect();
+        let unexpected: Vec<String> =
+            tensors.keys().filter(|key| !parameters.iter().any(|p| p.name == **key)).cloned().collect();
+        if !missing.is_empty() || !unexpected.is_empty() {
+            return Err(Error::Keys { path: path.into(), missing, unexpected });
+        }
+        for p in &parameters {
+            let Some(found) = tensors.get(&p.name) else { continue };
+            if found.size() != p.tensor.size() || !found.is_floating_point() {
+                return Err(Error::Mismatch {
+                    name: p.name.clone(),
+                    expected: format!("floats {:?}", p.tensor.size()),
+                    found: format!("{:?} {:?}", found.f_kind()?, found.size()),
+                });
+            }
+            check_finite(&p.name, found, "the adapter is broken: use an earlier one")?;
+        }
+        let _no_grad = tch::no_grad_guard();
+        for NamedParameter { name, mut tensor } in parameters {
+            if let Some(found) = tensors.remove(&name) {
+                tensor.f_copy_(&found)?;
+            }
+        }
+        let loaded = self.parameters().into_iter().map(|p| p.name).collect();
+        Ok(LoadReport { loaded, ..LoadReport::default() })
+    }
+
+    /// Writes `adapter_model.safetensors` and `adapter_config.json`, which HF
+    /// PEFT loads. Each file appears whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a folder that can't be made or written to.
+    pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        for (name, bytes) in self.adapter_bytes()? {
+            let path = folder.join(name);
+            let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
+            file.write_all(&bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io(&path))?;
+            file.persist(&path).map_err(|error| error.error).map_err(Error::io(&path))?;
+        }
+        Ok(())
+    }
+
+    /// The adapter's files as they go to disk.
+    pub(crate) fn adapter_bytes(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let tensors = self.parameters().into_iter().map(|p| (p.name, p.tensor)).collect();
+        Ok(vec![
+            (peft::WEIGHTS_FILE.to_string(), safetensors::serialize(&tensors)?),
+            (peft::CONFIG_FILE.to_string(), peft::config_to_json(&self.config)?),
+        ])
+    }
+}
+

@@ -1,0 +1,160 @@
+//! Products with a packed weight, and the autograd node of a frozen linear.
+//!
+//! The backward pass of a frozen linear, dX = dY · W, needs the weight only.
+//! The node keeps it packed and unpacks it again, tile by tile; plain autograd
+//! would keep every dequantised weight alive until the backward pass.
+
+use super::{PackedWeight, tiles};
+use crate::error::{Error, Result};
+use crate::ffi::autograd::{self, Backward};
+use crate::ffi::runtime::autocast_kind;
+use std::sync::Arc;
+use tch::{Kind, Tensor};
+
+/// x · Wᵀ (+ bias): x (n, in), result (n, out), in the dtype of x.
+pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (kind, [out, inn]) = (x.f_kind()?, weight.shape());
+    let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
+    if let Some(dense) = weight.as_dense() {
+        return Ok(x.f_linear(&dense.f_to_kind(kind)?, bias.as_ref())?);
+    }
+    let mut y = Tensor::f_empty([x.size2()?.0, out], (kind, x.device()))?;
+    tiles::for_each(out, inn, |start, rows| {
+        tiles::with_scratch(rows, inn, kind, x.device(), |tile| {
+            weight.unpack_rows(start, tile)?;
+            let _ = x.f_mm_out(&y.f_narrow(1, start, rows)?, &tile.f_tr()?)?;
+            Ok(())
+        })
+    })?;
+    match bias {
+        Some(bias) => Ok(y.f_add_(&bias)?),
+        None => Ok(y),
+    }
+}
+
+/// g · W: g (n, out), result (n, in), in the dtype of g.
+pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Result<Tensor> {
+    let (kind, [out, inn]) = (g.f_kind()?, weight.shape());
+    if let Some(dense) = weight.as_dense() {
+        return Ok(g.f_mm(&dense.f_to_kind(kind)?)?);
+    }
+    let mut dx = Tensor::f_empty([g.size2()?.0, inn], (kind, g.device()))?;
+    tiles::for_each(out, inn, |start, rows| {
+        tiles::with_scratch(rows, inn, kind, g.device(), |tile| {
+            weight.unpack_rows(start, tile)?;
+            let g = g.f_narrow(1, start, rows)?;
+            if start == 0 {
+                let _ = g.f_mm_out(&dx, tile)?;
+            } else {
+                let _ = dx.f_addmm_(&g, tile)?;
+            }
+            Ok(())
+        })
+    })?;
+    Ok(dx)
+}
+
+/// The input of a linear as a matrix, and how to give results its shape.
+pub(crate) struct Rows {
+    /// (n, in), in the dtype to compute in: autocast's where that is on.
+    pub(crate) matrix: Tensor,
+    shape: Vec<i64>,
+}
+
+impl Rows {
+    /// Checks that x (…, in) fits the weight.
+    pub(crate) fn new(weight: &dyn PackedWeight, x: &Tensor) -> Result<Self> {
+        let (shape, inn) = (x.size(), weight.shape()[1]);
+        if shape.last() != Some(&inn) {
+            return Err(Error::Mismatch {
+                name: "input of an adapted linear".into(),
+                expected: format!("(…, {inn})"),
+                found: format!("{shape:?}"),
+            });
+        }
+        let kind = autocast_kind(x.device()).unwrap_or(x.f_kind()?);
+        let matrix = x.f_detach()?.f_reshape([-1, inn])?.f_to_kind(kind)?;
+        Ok(Rows { matrix, shape })
+    }
+
+    /// A result (n, features) as (…, features).
+    pub(crate) fn reshape(&self, y: &Tensor) -> Result<Tensor> {
+        let mut shape = self.shape.clone();
+        if let (Some(last), Some(features)) = (shape.last_mut(), y.size().last()) {
+            *last = *features;
+        }
+        Ok(y.f_view(shape.as_slice())?)
+    }
+}
+
+/// dY (…, out) as (n, out).
+pub(crate) fn gradient_rows(grad: &Tensor, out: i64) -> Result<Tensor> {
+    Ok(grad.f_reshape([-1, out])?)
+}
+
+/// `linear` with a frozen weight: gradients reach x and the bias.
+pub(crate) fn frozen_linear(
+    weight: &Arc<dyn PackedWeight>,
+    x: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let rows = Rows::new(weight.as_ref(), x)?;
+    let y = {
+        let _no_grad = tch::no_grad_guard();
+        rows.reshape(&product(weight.as_ref(), &rows.matrix, bias)?)?
+    };
+    let inputs: Vec<&Tensor> = std::iter::once(x).chain(bias).collect();
+    if autograd::needs_grad(&inputs) {
+        let bias_kind = bias.map(|b| b.f_kind()).transpose()?;
+        let node = FrozenLinear { weight: Arc::clone(weight), x: Like::new(x)?, bias_kind };
+        autograd::record(&inputs, &[], &y, Box::new(node))?;
+    }
+    Ok(y)
+}
+
+/// The shape and dtype that a gradient must have.
+#[derive(Debug)]
+pub(crate) struct Like {
+    shape: Vec<i64>,
+    kind: Kind,
+}
+
+impl Like {
+    pub(crate) fn new(tensor: &Tensor) -> Result<Self> {
+        Ok(Like { shape: tensor.size(), kind: tensor.f_kind()? })
+    }
+
+    /// The gradient in that shape and dtype.
+    pub(crate) fn shaped(&self, grad: &Tensor) -> Result<Tensor> {
+        Ok(grad.f_view(self.shape.as_slice())?.f_to_kind(self.kind)?)
+    }
+}
+
+/// The gradient of a bias: the sum over rows.
+pub(crate) fn bias_gradient(grad: &Tensor, kind: Kind) -> Result<Tensor> {
+    Ok(grad.f_sum_dim_intlist([0i64].as_slice(), false, kind)?)
+}
+
+struct FrozenLinear {
+    weight: Arc<dyn PackedWeight>,
+    x: Like,
+    bias_kind: Option<Kind>,
+}
+
+impl Backward for FrozenLinear {
+    fn backward(&self, grad: &Tensor, _: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let grad = gradient_rows(grad, self.weight.shape()[0])?;
+        let mut grads = Vec::with_capacity(needed.len());
+        let dx = if needed.first() == Some(&true) {
+            Some(self.x.shaped(&product_transposed(self.weight.as_ref(), &grad)?)?)
+        } else {
+            None
+        };
+        grads.push(dx);
+        if let Some(kind) = self.bias_kind {
+            let wanted = needed.get(1) == Some(&true);
+            grads.push(wanted.then(|| bias_gradient(&grad, kind)).transpose()?);
+        }
+        Ok(grads)
+    }
+}

@@ -1,0 +1,83 @@
+//! Floor 4: what a training loop needs besides the model.
+//!
+//! Everything here that changes from step to step can be exported and brought
+//! back exactly: the optimizer's moments by parameter name ([`OptimizerState`]),
+//! the position in the data ([`SamplerState`]), the random generators
+//! ([`RngState`]). The learning rate needs no state: [`Schedule::factor`] is a
+//! pure function of the step.
+
+mod adamw;
+mod clip;
+pub(crate) mod compare;
+mod rng;
+mod sampler;
+mod schedule;
+
+pub use adamw::{AdamW, AdamWBuilder};
+pub use clip::clip_grad_norm;
+pub use rng::RngState;
+pub(crate) use rng::device_name;
+pub use sampler::{Sampler, SamplerState};
+pub use schedule::Schedule;
+
+use crate::error::Result;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use tch::Tensor;
+
+/// A gradient-descent method whose whole state can be saved.
+pub trait Optimizer {
+    /// Updates the parameters from their gradients. Parameters without a
+    /// gradient stay as they are, and so do their moments.
+    ///
+    /// # Errors
+    /// libtorch's.
+    fn step(&mut self) -> Result<()>;
+
+    /// Removes the gradients, so that the next `backward` starts anew.
+    ///
+    /// # Errors
+    /// libtorch's.
+    fn zero_grad(&mut self) -> Result<()>;
+
+    /// The learning rate that the next step uses, of the first group.
+    fn learning_rate(&self) -> f64;
+
+    /// Multiplies each group's base learning rate from now on. A schedule's
+    /// factor replaces the one before it; factors don't pile up.
+    fn set_learning_rate_factor(&mut self, factor: f64);
+
+    /// A copy of the state, which later steps don't change.
+    ///
+    /// # Errors
+    /// libtorch's.
+    fn export_state(&self) -> Result<OptimizerState>;
+
+    /// Tells whether [`Optimizer::import_state`] would accept the state.
+    ///
+    /// # Errors
+    /// [`Error::DifferentConfig`](crate::Error::DifferentConfig) for another
+    /// optimizer or other hyperparameters, [`Error::Keys`](crate::Error::Keys)
+    /// for missing or unexpected tensors,
+    /// [`Error::Mismatch`](crate::Error::Mismatch) for another shape or dtype.
+    fn check_state(&self, state: &OptimizerState) -> Result<()>;
+
+    /// Replaces the state. On an error nothing has changed.
+    ///
+    /// # Errors
+    /// Those of [`Optimizer::check_state`], and libtorch's.
+    fn import_state(&mut self, state: OptimizerState) -> Result<()>;
+}
+
+/// The state of an [`Optimizer`], keyed by parameter name.
+#[derive(Debug)]
+pub struct OptimizerState {
+    /// Which optimizer: `adamw`.
+    pub kind: String,
+    /// Its settings. Those of the checkpoint and those of the run must be the
+    /// same, field by field.
+    pub hyperparameters: Value,
+    /// `<parameter name>.<what>`, for AdamW `exp_avg` and `exp_avg_sq` with the
+    /// parameter's shape and dtype, and `step`, an f32 scalar.
+    pub tensors: BTreeMap<String, Tensor>,
+}

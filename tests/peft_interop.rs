@@ -1,0 +1,384 @@
+//! Adapters and training steps against HF PEFT, both ways: for a `tch::nn` model that is mirrored
+//! in PyTorch (tests/python/mirror.py), and for a TorchScript export of a tiny `transformers` Llama.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use common::{assert_close, assert_differs, assert_same, bits, peer, python, read, rng};
+use tch::nn::{self, Module};
+use tch::{Device, Kind, Tensor};
+use tch_peft::{
+    AdamW, Base, Error, InitLoraWeights, LoraConfig, LoraModel, NamedParameter, Optimizer, TargetModules, TorchScript,
+};
+
+/// f32, relative to the norm.
+const TOLERANCE: f64 = 1e-5;
+
+const VOCABULARY: i64 = 23;
+const WIDTH: i64 = 16;
+const HIDDEN: i64 = 24;
+const LAYERS: usize = 2;
+
+#[derive(Debug)]
+struct Block {
+    norm: nn::LayerNorm,
+    q_proj: nn::Linear,
+    v_proj: nn::Linear,
+    fc: nn::Linear,
+}
+
+/// The twin of `Net` in mirror.py.
+#[derive(Debug)]
+struct Net {
+    embed: nn::Embedding,
+    h: Vec<Block>,
+    head: nn::Linear,
+}
+
+impl Net {
+    fn new(vs: &nn::Path) -> Self {
+        let no_bias = nn::LinearConfig { bias: false, ..Default::default() };
+        let block = |p: nn::Path| Block {
+            norm: nn::layer_norm(&p / "norm", vec![WIDTH], Default::default()),
+            q_proj: nn::linear(&p / "q_proj", WIDTH, HIDDEN, Default::default()),
+            v_proj: nn::linear(&p / "v_proj", WIDTH, HIDDEN, no_bias),
+            fc: nn::linear(&p / "fc", HIDDEN, WIDTH, Default::default()),
+        };
+        Net {
+            embed: nn::embedding(vs / "embed", VOCABULARY, WIDTH, Default::default()),
+            h: (0..LAYERS).map(|i| block(vs / "h" / i)).collect(),
+            head: nn::linear(vs / "head", WIDTH, VOCABULARY, no_bias),
+        }
+    }
+
+    /// With the weights of the PyTorch twin.
+    fn load(dir: &Path) -> Base<Net> {
+        let mut vs = nn::VarStore::new(Device::Cpu);
+        let net = Net::new(&vs.root());
+        vs.load(dir.join("net.safetensors")).unwrap();
+        Base::new(vs, net)
+    }
+}
+
+impl Module for Net {
+    fn forward(&self, ids: &Tensor) -> Tensor {
+        let mut x = ids.apply(&self.embed);
+        for block in &self.h {
+            let h = x.apply(&block.norm);
+            let gated = h.apply(&block.q_proj).gelu("none") * h.apply(&block.v_proj);
+            x = x + gated.apply(&block.fc);
+        }
+        x.apply(&self.head)
+    }
+}
+
+/// What PEFT made: written once by the first test that asks.
+fn fixtures() -> Option<&'static Path> {
+    static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let made = MADE.get_or_init(|| {
+        python()?;
+        let dir = common::fresh_dir("peft_interop");
+        peer("peft_interop.py", &["make".as_ref(), dir.as_os_str()]);
+        Some(dir)
+    });
+    made.as_deref()
+}
+
+fn llama(dir: &Path) -> Base<TorchScript> {
+    Base::torchscript(dir.join("llama/model.pt")).unwrap()
+}
+
+fn next_token_loss(logits: &Tensor, ids: &Tensor) -> Tensor {
+    let length = ids.size()[1];
+    let logits = logits.narrow(1, 0, length - 1).flatten(0, 1);
+    logits.cross_entropy_for_logits(&ids.narrow(1, 1, length - 1).flatten(0, 1))
+}
+
+/// Draws A and B: B is 0 at first, and then an adapter does nothing.
+fn randomise(parameters: &[NamedParameter]) {
+    let _no_grad = tch::no_grad_guard();
+    for p in parameters {
+        let _ = p.tensor.shallow_clone().normal_(0.0, 0.1);
+    }
+}
+
+#[test]
+fn adapters_from_peft_answer_as_in_peft() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let expected = read(dir.join("net_outputs.safetensors"));
+    let ids = &expected["ids"];
+    let plain = Net::load(dir).module().forward(ids);
+    assert_close("the base", &plain, &expected["base"], TOLERANCE);
+    for case in ["list", "regex", "rslora", "all_linear", "one_path", "dropout"] {
+        let folder = dir.join("from_peft").join(case);
+        let model = LoraModel::from_pretrained(Net::load(dir), &folder).unwrap();
+        let found = model.forward(ids).unwrap();
+        assert_close(case, &found, &expected[case], TOLERANCE);
+        assert_differs(case, &found, &plain, 1e-2);
+
+        let stored = read(folder.join("adapter_model.safetensors"));
+        let report = model.load_report().unwrap();
+        assert_eq!(report.loaded, stored.keys().cloned().collect::<Vec<_>>(), "{case}");
+        assert_eq!((&report.missing, &report.unexpected), (&vec![], &vec![]), "{case}");
+        assert!(report.unknown_config_keys.is_empty(), "{case}: {:?}", report.unknown_config_keys);
+        assert!(model.trainable_parameters().is_empty(), "{case}: nothing is trainable after from_pretrained");
+
+        let off = model.disable_adapters();
+        assert_same(case, &model.forward(ids).unwrap(), &plain);
+        drop(off);
+        assert_same(case, &model.forward(ids).unwrap(), &found);
+    }
+}
+
+#[test]
+fn adapters_from_peft_answer_as_in_peft_on_a_torchscript_llama() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let expected = read(dir.join("llama_outputs.safetensors"));
+    let ids = &expected["ids"];
+    let plain = llama(dir).module().forward(ids).unwrap();
+    assert_close("the base", &plain, &expected["base"], TOLERANCE);
+    for case in ["attention", "everything", "head"] {
+        let folder = dir.join("llama_from_peft").join(case);
+        let model = LoraModel::from_pretrained(llama(dir), &folder).unwrap();
+        // The first runs are profiled, later ones may run another graph.
+        for run in 0..4 {
+            let found = model.forward(ids).unwrap();
+            assert_close(&format!("{case}, run {run}"), &found, &expected[case], TOLERANCE);
+            assert_differs(case, &found, &plain, 1e-2);
+        }
+    }
+}
+
+/// PEFT's default writes a copy of the base's output embedding into an adapter that targets it.
+#[test]
+fn an_adapter_with_a_copy_of_the_output_embedding_loads() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let expected = read(dir.join("llama_outputs.safetensors"));
+    let model = LoraModel::from_pretrained(llama(dir), dir.join("llama_with_base_layer")).unwrap();
+    assert_close("head", &model.forward(&expected["ids"]).unwrap(), &expected["head"], TOLERANCE);
+}
+
+/// Writes an adapter with random factors, and what the model answers with it.
+fn write_adapter<M: tch_peft::ForwardModule>(model: &mut LoraModel<M>, folder: &Path, ids: &Tensor) {
+    randomise(&model.trainable_parameters());
+    model.eval().unwrap();
+    let output = model.forward(ids).unwrap();
+    model.save_pretrained(folder).unwrap();
+    common::write(folder.join("output.safetensors"), &[("output".into(), output)]);
+}
+
+/// Writes adapters of every kind; peft_interop.py then loads them into PEFT, and compares keys,
+/// values, outputs, the bytes of the safetensors file and the configuration.
+#[test]
+fn adapters_from_here_answer_the_same_in_peft() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    tch::manual_seed(3);
+    let ids = &read(dir.join("net_outputs.safetensors"))["ids"];
+    let config = || LoraConfig::builder();
+    let cases = [
+        ("list", config().r(4).lora_alpha(8.0).target_modules(["q_proj", "v_proj"])),
+        ("regex", config().r(3).lora_alpha(5.0).target_modules(r"h\.\d+\.(fc|q_proj)")),
+        ("rslora", config().r(4).lora_alpha(8.0).target_modules(["fc"]).use_rslora(true)),
+        ("all_linear", config().r(2).lora_alpha(4.0).target_modules("all-linear")),
+        (
+            "one_path",
+            config()
+                .r(2)
+                .lora_alpha(16.0)
+                .target_modules(["h.1.v_proj"])
+                .init_lora_weights(InitLoraWeights::Gaussian),
+        ),
+        ("dropout", config().r(4).lora_alpha(8.0).target_modules(["q_proj", "head"]).lora_dropout(0.5)),
+        ("fractional_alpha", config().r(4).lora_alpha(2.5).target_modules(["q_proj"])),
+    ];
+    for (case, config) in cases {
+        let mut model = LoraModel::wrap(Net::load(dir), config.build().unwrap()).unwrap();
+        write_adapter(&mut model, &dir.join("from_rust").join(case), ids);
+    }
+
+    let ids = &read(dir.join("llama_outputs.safetensors"))["ids"];
+    let cases = [
+        ("attention", config().r(4).lora_alpha(8.0).target_modules(["q_proj", "v_proj"])),
+        ("all_linear", config().r(8).lora_alpha(16.0).target_modules("all-linear")),
+        (
+            "output_layer",
+            config().r(2).lora_alpha(4.0).target_modules(r"model\.layers\.1\.mlp\.down_proj|lm_head"),
+        ),
+    ];
+    for (case, config) in cases {
+        let mut model = LoraModel::wrap(llama(dir), config.build().unwrap()).unwrap();
+        write_adapter(&mut model, &dir.join("llama_from_rust").join(case), ids);
+        if case == "all_linear" {
+            let layers = model.layers();
+            assert_eq!(layers.len(), 14, "{layers:?}");
+            assert!(!layers.contains(&"lm_head"), "PEFT leaves the output layer out");
+        }
+    }
+    // An adapter of PEFT's that passed through here.
+    let model = LoraModel::from_pretrained(llama(dir), dir.join("llama_from_peft/everything")).unwrap();
+    let folder = dir.join("llama_from_rust/everything");
+    model.save_pretrained(&folder).unwrap();
+    let output = model.forward(ids).unwrap();
+    common::write(folder.join("output.safetensors"), &[("output".into(), output)]);
+
+    peer("peft_interop.py", &["check".as_ref(), dir.as_os_str()]);
+}
+
+#[test]
+fn what_peft_wrote_is_written_again_byte_for_byte() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    for (kind, case) in [("from_peft", "list"), ("from_peft", "one_path"), ("llama_from_peft", "everything")] {
+        let folder = dir.join(kind).join(case);
+        let again = dir.join("again").join(kind).join(case);
+        match kind {
+            "from_peft" => LoraModel::from_pretrained(Net::load(dir), &folder).unwrap().save_pretrained(&again),
+            _ => LoraModel::from_pretrained(llama(dir), &folder).unwrap().save_pretrained(&again),
+        }
+        .unwrap();
+        for file in ["adapter_model.safetensors", "adapter_config.json"] {
+            let [theirs, ours] = [&folder, &again].map(|folder| std::fs::read(folder.join(file)).unwrap());
+            assert!(theirs == ours, "{case}: {file} differs from PEFT's");
+        }
+    }
+}
+
+/// The initial adapter of a training run by PEFT, and the record of its five steps of AdamW.
+fn follow_training(name: &str) {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let record = read(dir.join(format!("{name}.safetensors")));
+    let model = LoraModel::init_lora(Net::load(dir), dir.join(name)).unwrap();
+    assert!(model.is_training());
+    let parameters = model.trainable_parameters();
+    assert_eq!(parameters.len(), 2 * 3 * LAYERS);
+    let mut optimizer = AdamW::builder().lr(1e-2).build(model.trainable_parameters()).unwrap();
+
+    tch::manual_seed(1234);
+    for step in 0..5 {
+        let ids = &record[&format!("{step}.ids")];
+        let loss = next_token_loss(&model.forward(ids).unwrap(), ids);
+        assert_close(&format!("loss of step {step}"), &loss, &record[&format!("{step}.loss")], TOLERANCE);
+        loss.backward();
+        for p in &parameters {
+            let expected = &record[&format!("{step}.grad.{}", p.name)];
+            let found = p.tensor.grad();
+            if f64::try_from(expected.norm()).unwrap() == 0.0 {
+                // A's at first, since B is 0.
+                assert_eq!(f64::try_from(found.norm()).unwrap(), 0.0, "step {step}, gradient of {}", p.name);
+            } else {
+                assert_close(&format!("step {step}, gradient of {}", p.name), &found, expected, TOLERANCE);
+            }
+        }
+        optimizer.step().unwrap();
+        optimizer.zero_grad();
+        for p in &parameters {
+            let expected = &record[&format!("{step}.value.{}", p.name)];
+            assert_close(&format!("step {step}, {}", p.name), &p.tensor, expected, TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn five_steps_of_training_equal_pefts() {
+    follow_training("train");
+}
+
+/// The masks are drawn as PEFT draws them: the same seed gives the same steps.
+#[test]
+fn five_steps_with_dropout_equal_pefts() {
+    follow_training("train_dropout");
+}
+
+#[test]
+fn features_that_are_not_had_are_refused_by_name() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let cases = [
+        ("dora", "use_dora"),
+        ("lora_bias", "lora_bias"),
+        ("bias", "bias"),
+        ("modules_to_save", "modules_to_save"),
+        ("rank_pattern", "rank_pattern"),
+        ("exclude_modules", "exclude_modules"),
+        ("layers_to_transform", "layers_to_transform"),
+    ];
+    for (case, field) in cases {
+        let folder = dir.join("other_features").join(case);
+        for load in [LoraModel::from_pretrained::<Base<Net>, &Path>, LoraModel::init_lora] {
+            let error = load(Net::load(dir), &folder).expect_err(case);
+            let Error::Unsupported { fields } = &error else { panic!("{case}: {error}") };
+            assert!(fields.iter().any(|f| f.starts_with(&format!("{field} = "))), "{case}: {fields:?}");
+            assert!(error.to_string().contains(field), "{case}: {error}");
+        }
+    }
+}
+
+#[test]
+fn unknown_keys_of_a_configuration_are_told_and_kept() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let folder = dir.join("unknown_keys");
+    std::fs::create_dir_all(&folder).unwrap();
+    let source = dir.join("from_peft/list");
+    std::fs::copy(source.join("adapter_model.safetensors"), folder.join("adapter_model.safetensors")).unwrap();
+    let text = std::fs::read_to_string(source.join("adapter_config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    config["zz_later"] = serde_json::json!({"b": [1, 2.5, null], "a": "x"});
+    config["a_later_flag"] = true.into();
+    config["revision"] = "abc".into();
+    std::fs::write(folder.join("adapter_config.json"), config.to_string()).unwrap();
+
+    let model = LoraModel::from_pretrained(Net::load(dir), &folder).unwrap();
+    let mut unknown = model.load_report().unwrap().unknown_config_keys.clone();
+    unknown.sort();
+    assert_eq!(unknown, ["a_later_flag", "zz_later"]);
+
+    let again = dir.join("unknown_keys_again");
+    model.save_pretrained(&again).unwrap();
+    let written: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(again.join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!(written, config);
+}
+
+#[test]
+fn a_new_adapter_leaves_the_outputs_as_they_were() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let expected = read(dir.join("net_outputs.safetensors"));
+    let plain = Net::load(dir).module().forward(&expected["ids"]);
+    for init in [InitLoraWeights::Default, InitLoraWeights::Gaussian] {
+        let config = LoraConfig::builder()
+            .r(4)
+            .target_modules(TargetModules::AllLinear)
+            .init_lora_weights(init)
+            .build()
+            .unwrap();
+        let model = LoraModel::wrap(Net::load(dir), config).unwrap();
+        assert_close("at the start", &model.forward(&expected["ids"]).unwrap(), &plain, 1e-6);
+        for p in model.trainable_parameters() {
+            let norm = f64::try_from(p.tensor.norm()).unwrap();
+            assert_eq!(norm == 0.0, p.name.ends_with("lora_B.weight"), "{}", p.name);
+            assert_eq!(p.tensor.kind(), Kind::Float);
+        }
+    }
+}
+
+/// Saving twice writes the same bytes; so does loading and saving.
+#[test]
+fn saving_is_deterministic() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let config = LoraConfig::builder().r(4).target_modules(["fc", "v_proj"]).build().unwrap();
+    let model = LoraModel::wrap(Net::load(dir), config).unwrap();
+    randomise(&model.trainable_parameters());
+    let folders = [1, 2, 3].map(|i| dir.join(format!("twice_{i}")));
+    model.save_pretrained(&folders[0]).unwrap();
+    model.save_pretrained(&folders[1]).unwrap();
+    let again = LoraModel::init_lora(Net::load(dir), &folders[0]).unwrap();
+    again.save_pretrained(&folders[2]).unwrap();
+    for file in ["adapter_model.safetensors", "adapter_config.json"] {
+        let [a, b, c] = folders.each_ref().map(|folder| std::fs::read(folder.join(file)).unwrap());
+        assert!(a == b && a == c, "{file}");
+    }
+    for (ours, theirs) in model.trainable_parameters().iter().zip(again.trainable_parameters()) {
+        assert_eq!(ours.name, theirs.name);
+        assert_eq!(bits(&ours.tensor), bits(&theirs.tensor), "{}", ours.name);
+    }
+}

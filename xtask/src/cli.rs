@@ -1,0 +1,193 @@
+//! The command line.
+
+use std::ffi::{OsStr, OsString};
+
+/// What `cargo xtask --help` prints.
+pub const HELP: &str = "\
+The chores of tch-peft.
+
+Usage: cargo xtask <command> [options]
+
+  setup [--peers]             Python environment under target/ with torch, and
+                              libtorch linked where cargo finds it. --peers adds
+                              the libraries that tests and benches compare with.
+  demo [ARGS...]              Run the demo, in release mode; ARGS go to it.
+  test [--no-peers] [-- ARGS] Check the format, lints and docs, then run every
+                              test; ARGS go to `cargo test`. --no-peers leaves
+                              out what compares with the Python libraries.
+  bench [ARGS...]             Run the benches; ARGS go to `cargo bench`.
+  doc [--open]                Build the documentation; warnings are errors.
+
+Each command does the setup that it needs by itself; what is there is kept.
+Arguments after `--` are passed on as they are, so `demo -- --help` shows the
+demo's own help.
+
+Environment:
+  LIBTORCH   a libtorch of your own; it is used as it is, none is installed
+  CXX        the C++ compiler, if it is not `c++`
+";
+
+/// A parsed command line.
+#[derive(Debug, PartialEq)]
+pub enum Command {
+    /// `--help`, anywhere before a `--`, or no command at all.
+    Help,
+    /// `setup [--peers]`
+    Setup {
+        /// Install the Python peers too.
+        peers: bool,
+    },
+    /// `demo [ARGS...]`
+    Demo {
+        /// For the example.
+        args: Vec<OsString>,
+    },
+    /// `test [--no-peers] [-- ARGS...]`
+    Test {
+        /// Compare with the Python peers.
+        peers: bool,
+        /// For `cargo test`.
+        args: Vec<OsString>,
+    },
+    /// `bench [ARGS...]`
+    Bench {
+        /// For `cargo bench`.
+        args: Vec<OsString>,
+    },
+    /// `doc [--open]`
+    Doc {
+        /// For `cargo doc`.
+        args: Vec<OsString>,
+    },
+}
+
+/// Reads the arguments that follow `cargo xtask`.
+pub fn parse(args: &[OsString]) -> Result<Command, String> {
+    let Some((command, rest)) = args.split_first() else {
+        return Ok(Command::Help);
+    };
+    let split = rest.iter().position(|arg| arg == "--");
+    let (ours, theirs) = match split {
+        Some(at) => (&rest[..at], &rest[at + 1..]),
+        None => (rest, &rest[rest.len()..]),
+    };
+    let is_help = |arg: &OsString| arg == "--help" || arg == "-h";
+    if is_help(command) || command == "help" || ours.iter().any(is_help) {
+        return Ok(Command::Help);
+    }
+    let command = command.to_string_lossy();
+    match &*command {
+        "setup" => {
+            let peers = flag(ours, "--peers", &command)?;
+            none_passed_on(split, &command)?;
+            Ok(Command::Setup { peers })
+        }
+        "demo" => Ok(Command::Demo {
+            args: [ours, theirs].concat(),
+        }),
+        "test" => Ok(Command::Test {
+            peers: !flag(ours, "--no-peers", &command)?,
+            args: theirs.to_vec(),
+        }),
+        "bench" => Ok(Command::Bench {
+            args: rest.to_vec(),
+        }),
+        "doc" => {
+            let open = flag(ours, "--open", &command)?;
+            none_passed_on(split, &command)?;
+            Ok(Command::Doc {
+                args: open.then(|| "--open".into()).into_iter().collect(),
+            })
+        }
+        _ => Err(format!(
+            "no command `{command}`; `cargo xtask --help` lists them"
+        )),
+    }
+}
+
+/// Whether the command's only option is given; anything else is an error.
+fn flag(args: &[OsString], option: &str, command: &str) -> Result<bool, String> {
+    match args.iter().find(|arg| *arg != OsStr::new(option)) {
+        Some(other) => Err(format!(
+            "`{command}` takes {option} only, not `{}`; see `cargo xtask --help`",
+            other.to_string_lossy()
+        )),
+        None => Ok(!args.is_empty()),
+    }
+}
+
+/// Refuses a `--` where there is no program to pass arguments on to.
+fn none_passed_on(split: Option<usize>, command: &str) -> Result<(), String> {
+    match split {
+        Some(_) => Err(format!("`{command}` passes no arguments on")),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn os(args: &[&str]) -> Vec<OsString> {
+        args.iter().map(OsString::from).collect()
+    }
+
+    fn parsed(args: &[&str]) -> Result<Command, String> {
+        parse(&os(args))
+    }
+
+    #[test]
+    fn help_is_ours_before_the_dashes_and_theirs_after() {
+        for args in [&[][..], &["--help"], &["-h"], &["demo", "--help"]] {
+            assert_eq!(parsed(args), Ok(Command::Help), "{args:?}");
+        }
+        let args = os(&["--help"]);
+        assert_eq!(
+            parsed(&["demo", "--", "--help"]),
+            Ok(Command::Demo { args })
+        );
+    }
+
+    #[test]
+    fn demo_takes_arguments_with_or_without_the_dashes() {
+        let args = os(&["--steps", "3"]);
+        for given in [
+            &["demo", "--steps", "3"][..],
+            &["demo", "--", "--steps", "3"],
+        ] {
+            let args = args.clone();
+            assert_eq!(parsed(given), Ok(Command::Demo { args }));
+        }
+    }
+
+    #[test]
+    fn bench_keeps_the_dashes_for_cargo() {
+        let args = os(&["--bench", "nf4", "--", "--quick"]);
+        let given = ["bench", "--bench", "nf4", "--", "--quick"];
+        assert_eq!(parsed(&given), Ok(Command::Bench { args }));
+    }
+
+    #[test]
+    fn test_compares_with_peers_unless_told_otherwise() {
+        let args = vec![];
+        assert_eq!(parsed(&["test"]), Ok(Command::Test { peers: true, args }));
+        let (peers, args) = (false, os(&["nf4"]));
+        assert_eq!(
+            parsed(&["test", "--no-peers", "--", "nf4"]),
+            Ok(Command::Test { peers, args })
+        );
+    }
+
+    #[test]
+    fn what_is_not_understood_is_named() {
+        for (args, named) in [
+            (&["tset"][..], "tset"),
+            (&["setup", "--peer"], "--peer"),
+            (&["test", "nf4"], "nf4"),
+            (&["doc", "--", "x"], "doc"),
+        ] {
+            let error = parsed(args).unwrap_err();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+}

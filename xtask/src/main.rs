@@ -1,0 +1,175 @@
+//! The chores of tch-peft: `cargo xtask setup | demo | test | bench | doc`.
+//!
+//! Each command first makes sure that what it needs is there (a libtorch, and
+//! for tests and benches the Python peers) and then runs cargo. What is there
+//! already is kept, so a second call costs a fraction of a second.
+
+mod cargo;
+mod cli;
+mod libtorch;
+mod python;
+mod tools;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use cargo::Cargo;
+use cli::{Command, HELP};
+use libtorch::Libtorch;
+use python::{Requirements, Venv};
+
+/// What went wrong: the text for the user and the status to exit with.
+#[derive(Debug)]
+struct Failure {
+    message: String,
+    status: u8,
+}
+
+impl From<String> for Failure {
+    fn from(message: String) -> Self {
+        Self { message, status: 1 }
+    }
+}
+
+type Result<T, E = Failure> = std::result::Result<T, E>;
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    match cli::parse(&args).map_err(Failure::from).and_then(run) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("error: {}", failure.message);
+            ExitCode::from(failure.status)
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    let root = root();
+    match command {
+        Command::Help => {
+            print!("{HELP}");
+            Ok(())
+        }
+        Command::Setup { peers } => {
+            setup(&root, peers)?;
+            println!("Ready: `cargo test` and `cargo run --example demo` work as they are.");
+            Ok(())
+        }
+        Command::Demo { args } => {
+            let ready = setup(&root, false)?;
+            ready
+                .cargo(["run", "--release", "--example", "demo", "--"])
+                .args(args)
+                .run()
+        }
+        Command::Test { peers, args } => test(&setup(&root, peers)?, args),
+        Command::Bench { args } => setup(&root, true)?.cargo(["bench"]).args(args).run(),
+        Command::Doc { args } => doc(&setup(&root, false)?, []).args(args).run(),
+    }
+}
+
+/// The repository's root. Cargo says at run time where this package is; the
+/// place it was built from serves when the binary is started by hand.
+fn root() -> PathBuf {
+    let package = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    package.parent().map_or(package.clone(), Path::to_path_buf)
+}
+
+/// What `setup` found or made, and so how cargo has to be started.
+struct Ready {
+    root: PathBuf,
+    libtorch: Libtorch,
+    peers: Option<Venv>,
+}
+
+impl Ready {
+    /// A cargo command with the environment that this set-up asks for.
+    fn cargo<const N: usize>(&self, args: [&str; N]) -> Cargo {
+        let python = self.peers.as_ref().map(Venv::python);
+        Cargo::new(&self.root, &self.libtorch, python.as_deref()).args(args)
+    }
+}
+
+/// Provides the libtorch and, with `peers`, the Python libraries to compare with.
+fn setup(root: &Path, peers: bool) -> Result<Ready> {
+    let libtorch = Libtorch::find(root)?;
+    if let Libtorch::Own { path, origin } = &libtorch {
+        println!("Keeping your own libtorch: {} ({origin}).", path.display());
+    }
+
+    let wanted = match (&libtorch, peers) {
+        (_, true) => Some(Requirements::with_peers(root)?),
+        (Libtorch::Venv, false) => Some(Requirements::base(root)?),
+        (Libtorch::Own { .. }, false) => None,
+    };
+    let venv = Venv::at(root);
+    let missing = wanted.filter(|wanted| !venv.has(wanted));
+    let python = tools::check(missing.is_some())?;
+    if let (Some(missing), Some(python)) = (missing, python) {
+        venv.install(&python, &missing)?;
+    }
+    if let Libtorch::Venv = libtorch {
+        libtorch::link(root, &venv.torch_dir()?)?;
+    }
+    Ok(Ready {
+        root: root.to_path_buf(),
+        libtorch,
+        peers: peers.then_some(venv),
+    })
+}
+
+/// `cargo doc` for our own packages, warnings being errors.
+fn doc<const N: usize>(ready: &Ready, args: [&str; N]) -> Cargo {
+    ready
+        .cargo(["doc", "--no-deps"])
+        .args(args)
+        .env("RUSTDOCFLAGS", "-D warnings")
+}
+
+/// Format, lints, documentation and tests, stopping at the first that fails.
+fn test(ready: &Ready, args: Vec<OsString>) -> Result<()> {
+    tools::check_components(|command| ready.cargo([command, "--version"]).succeeds_quietly())?;
+    if ready.peers.is_none() {
+        println!("Without the Python peers: tests that compare with them check nothing.");
+    }
+    let fmt = ready.cargo(["fmt", "--all", "--check"]);
+    let lints = ["clippy", "--workspace", "--all-targets"];
+    let clippy = ready.cargo(lints).args(["--", "-D", "warnings"]);
+    let doc = doc(ready, ["--workspace"]);
+    let mut tests = ready.cargo(["test", "--workspace"]).args(args);
+    if ready.peers.is_none() {
+        tests = tests.env(cargo::PEER_PYTHON, "");
+    }
+
+    let mut times: Vec<(&str, Duration)> = Vec::new();
+    for (name, step) in [("format", fmt), ("lints", clippy), ("docs", doc)] {
+        let start = Instant::now();
+        announce(times.len() + 1, name, &step);
+        step.run()?;
+        times.push((name, start.elapsed()));
+    }
+    let start = Instant::now();
+    announce(times.len() + 1, "tests", &tests);
+    let count = tests.run_counting_tests()?;
+    times.push(("tests", start.elapsed()));
+
+    println!();
+    for (name, time) in times {
+        println!("{name:<7} ok {:>7.1} s", time.as_secs_f64());
+    }
+    match ready.peers {
+        Some(_) => println!("peers   on (versions: python/requirements-*.txt)"),
+        None => println!("peers   OFF (--no-peers): nothing was compared with them"),
+    }
+    println!("{count}");
+    Ok(())
+}
+
+/// One line before a step, with the command in a form to copy.
+fn announce(number: usize, name: &str, step: &Cargo) {
+    println!("\n==> {number}/4 {name}: {}", step.display());
+}
