@@ -145,14 +145,6 @@ char* tp_attach(tp_tensor weight, const tp_site_calls* calls, void* rust) {
   });
 }
 
-char* tp_detach(tp_tensor weight, tp_tensor dense) {
-  return guarded([&] {
-    TORCH_CHECK(site_of(*weight), "the weight is not adapted");
-    at::NoGradGuard no_grad;
-    weight->unsafeGetTensorImpl()->shallow_copy_from(dense->getIntrusivePtr());
-  });
-}
-
 // NULL unless the weight's site is one with these calls.
 void* tp_site_of(tp_tensor weight, const tp_site_calls* calls) {
   auto site = site_of(*weight);

@@ -61,7 +61,6 @@ void tp_free_message(char* text);
 void tp_set_message(std::string* error, const char* text, size_t len);
 
 char* tp_attach(tp_tensor weight, const tp_site_calls* calls, void* site);
-char* tp_detach(tp_tensor weight, tp_tensor dense);
 void* tp_site_of(tp_tensor weight, const tp_site_calls* calls);
 
 bool tp_needs_grad(const tp_tensor* inputs, size_t n);

@@ -71,7 +71,7 @@
 //! The guides are in the repository's `docs/`.
 
 mod base;
-//CK pub mod checkpoint;
+pub mod checkpoint;
 mod error;
 pub(crate) mod ffi;
 mod format;
@@ -82,7 +82,7 @@ pub mod quant;
 mod train;
 
 pub use base::{Base, Fingerprint, QuantizationReport, QuantizedWeight, TorchScript, WeightPrint, WeightRole};
-//CK pub use checkpoint::{Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport};
+pub use checkpoint::{Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport};
 pub use error::{Error, Result};
 pub use ffi::runtime::cuda_status;
 pub use format::LoadReport;

@@ -31,10 +31,8 @@ fn compare(scheme: Scheme) {
     for (name, weight) in &reference {
         let Some(case) = name.strip_suffix("/input") else { continue };
         let prefix = format!("{case}/{scheme}/");
-        let expected: BTreeMap<&str, &Tensor> = reference
-            .iter()
-            .filter_map(|(name, tensor)| Some((name.strip_prefix(&prefix)?, tensor)))
-            .collect();
+        let expected: BTreeMap<&str, &Tensor> =
+            reference.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(&prefix)?, tensor))).collect();
         let packed = quantize(case, weight, scheme).unwrap_or_else(|e| panic!("{case}: {e}"));
         assert_eq!(packed.scheme(), Some(scheme));
         assert_eq!(packed.shape().as_slice(), weight.size(), "{case}");

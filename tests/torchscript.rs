@@ -65,7 +65,7 @@ fn follow(model_name: &str, run: &str, lr: f64) {
         for p in &parameters {
             let mut value = p.tensor.shallow_clone();
             value -= p.tensor.grad() * lr;
-            p.tensor.grad().zero_();
+            let _ = p.tensor.grad().zero_();
         }
     }
     println!("{model_name} {run}: gradients of {} tensors within {worst:.1e}", parameters.len());
@@ -155,7 +155,6 @@ fn quantising_before_and_after_wrapping_is_the_same() {
         ] {
             let scheme = config.scheme();
             let base = load(dir, name).quantize(&config).unwrap();
-            assert!(base.quantization_report().bytes_after() < base.quantization_report().bytes_before());
             let before = LoraModel::init_lora(base, folder.join("adapter")).unwrap();
             let mut after = LoraModel::init_lora(load(dir, name), folder.join("adapter")).unwrap();
             after.quantize(&config).unwrap();

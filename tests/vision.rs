@@ -70,7 +70,7 @@ fn descends<M: ForwardModule>(what: &str, model: &LoraModel<M>, images: &Tensor,
         losses.push(f64::try_from(&loss).unwrap());
         loss.backward();
         optimizer.step().unwrap();
-        optimizer.zero_grad();
+        optimizer.zero_grad().unwrap();
     }
     let (first, last) = (losses[0], losses[losses.len() - 1]);
     assert!(last < 0.7 * first, "{what}: the loss went from {first} to {last}");
@@ -142,7 +142,7 @@ fn dino(vs: &nn::VarStore, seed: i64) -> DinoVisionTransformer {
     let mut variables: Vec<(String, Tensor)> = vs.variables().into_iter().collect();
     variables.sort_by(|a, b| a.0.cmp(&b.0));
     for (name, mut tensor) in variables {
-        match name.rsplit('.').next().unwrap() {
+        let _ = match name.rsplit('.').next().unwrap() {
             "gamma" => tensor.fill_(0.7),
             "cls_token" | "pos_embed" => tensor.normal_(0.0, 0.5),
             _ => continue,
@@ -174,14 +174,9 @@ fn the_attention_of_dinov2() {
             assert!(chosen.iter().any(|w| w.name == "blocks.0.attn.qkv.weight"));
             assert!(chosen.iter().all(|w| !w.name.contains("embed") && !w.name.contains("norm")));
         }
-        let quantised: Vec<String> =
-            base.quantization_report().weights().iter().map(|w| w.name.clone()).collect();
-        let config = LoraConfig::builder()
-            .r(4)
-            .lora_alpha(8.0)
-            .target_modules(["attn.qkv", "attn.proj"])
-            .build()
-            .unwrap();
+        let quantised: Vec<String> = base.quantization_report().weights().iter().map(|w| w.name.clone()).collect();
+        let config =
+            LoraConfig::builder().r(4).lora_alpha(8.0).target_modules(["attn.qkv", "attn.proj"]).build().unwrap();
         let model = LoraModel::wrap(base, config).unwrap();
         assert_eq!(
             model.layers(),
@@ -220,7 +215,8 @@ fn the_attention_of_dinov2() {
         for layer in model.layers() {
             let [a, b] = factors(&model, layer);
             let dw = twin_vs.variables()[&format!("{layer}.weight")].grad();
-            let (expected_a, expected_b) = (b.detach().tr().matmul(&dw) * scaling, dw.matmul(&a.detach().tr()) * scaling);
+            let (expected_a, expected_b) =
+                (b.detach().tr().matmul(&dw) * scaling, dw.matmul(&a.detach().tr()) * scaling);
             assert_close(&format!("{label_}: gradient of {layer}'s A"), &a.grad(), &expected_a, TOLERANCE);
             assert_close(&format!("{label_}: gradient of {layer}'s B"), &b.grad(), &expected_b, TOLERANCE);
             let _ = (a.grad().zero_(), b.grad().zero_());

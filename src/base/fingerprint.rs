@@ -111,9 +111,8 @@ mod tests {
             weights: vec![print("a", None, "1"), print("b", None, "1"), print("c", Some(Scheme::Int8), "1")],
         };
         let nf4 = Scheme::Nf4 { double_quant: false };
-        let found = Fingerprint {
-            weights: vec![print("b", None, "2"), print("c", Some(nf4), "1"), print("d", None, "1")],
-        };
+        let found =
+            Fingerprint { weights: vec![print("b", None, "2"), print("c", Some(nf4), "1"), print("d", None, "1")] };
         assert_eq!(
             recorded.differences(&found),
             [

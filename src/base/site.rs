@@ -49,11 +49,6 @@ impl Site {
         f(&mut self.state.write().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// The weight's name in the base.
-    pub(crate) fn name(&self) -> &str {
-        &self.name
-    }
-
     pub(crate) fn frozen(&self) -> Arc<dyn PackedWeight> {
         self.state().frozen
     }

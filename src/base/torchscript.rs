@@ -38,12 +38,10 @@ impl TorchScript {
         }
         let classes: HashMap<String, String> = runtime::module_types(&self.module)?.into_iter().collect();
         let buffers = runtime::module_buffers(&self.module)?;
-        Ok(Weights::new(parameters.into_iter().chain(buffers), |path| {
-            match classes.get(path).map(String::as_str) {
-                Some(class) if class.ends_with("Linear") => WeightRole::Linear,
-                Some(class) if class.ends_with("Embedding") => WeightRole::Embedding,
-                _ => WeightRole::Other,
-            }
+        Ok(Weights::new(parameters.into_iter().chain(buffers), |path| match classes.get(path).map(String::as_str) {
+            Some(class) if class.ends_with("Linear") => WeightRole::Linear,
+            Some(class) if class.ends_with("Embedding") => WeightRole::Embedding,
+            _ => WeightRole::Other,
         }))
     }
 

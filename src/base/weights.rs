@@ -63,10 +63,7 @@ pub(crate) struct Weights(Vec<Weight>);
 
 impl Weights {
     /// `role` answers for two-dimensional float tensors called `….weight`.
-    pub(crate) fn new(
-        tensors: impl IntoIterator<Item = (String, Tensor)>,
-        role: impl Fn(&str) -> WeightRole,
-    ) -> Self {
+    pub(crate) fn new(tensors: impl IntoIterator<Item = (String, Tensor)>, role: impl Fn(&str) -> WeightRole) -> Self {
         let mut weights: Vec<Weight> = tensors
             .into_iter()
             .map(|(name, tensor)| {
@@ -149,8 +146,7 @@ impl Weights {
                 return Err(Error::NoTarget { target: entry.clone(), near: names::near(entry, paths) });
             }
         }
-        let chosen: Vec<&Weight> =
-            self.linears().filter(|(path, _)| !config.skips(path)).map(|(_, w)| w).collect();
+        let chosen: Vec<&Weight> = self.linears().filter(|(path, _)| !config.skips(path)).map(|(_, w)| w).collect();
         if chosen.is_empty() {
             return Err(Error::NoTarget { target: "linear weights to quantise".into(), near: vec![] });
         }

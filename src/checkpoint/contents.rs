@@ -1,27 +1,21 @@
 //! From a run's parts to a checkpoint's files, and back.
 
+use super::Parts;
 use super::base::BaseRecord;
 use super::environment::Environment;
 use super::layout::{self, BASE, ENVIRONMENT, OPTIMIZER, TRAINING_STATE};
 use super::state::TrainingState;
-use super::Parts;
 use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::train::OptimizerState;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 /// Name and content of each file but the manifest.
-pub(super) fn collect(
-    parts: &Parts<'_>,
-    base: &BaseRecord,
-    step: u64,
-    user: Value,
-) -> Result<Vec<(String, Vec<u8>)>> {
+pub(super) fn collect(parts: &Parts<'_>, base: &BaseRecord, step: u64, user: Value) -> Result<Vec<(String, Vec<u8>)>> {
     let optimizer = parts.optimizer.export_state()?;
     let state = TrainingState::capture(parts, &optimizer, step, user)?;
     let configuration = json!({
@@ -29,7 +23,7 @@ pub(super) fn collect(
         "schedule": parts.schedule,
     });
     let environment = Environment::capture(&parts.model.devices(), configuration)?;
-    let tensors = safetensors::serialize(&optimizer.tensors, &BTreeMap::new())?;
+    let tensors = safetensors::serialize(&optimizer.tensors)?;
 
     let mut files = parts.model.adapter_files()?;
     files.push((OPTIMIZER.into(), tensors));
@@ -52,7 +46,7 @@ impl Loaded {
     /// Reads a verified checkpoint; the adapter's files are the model's to read.
     pub(super) fn read(dir: &Path) -> Result<Self> {
         let state: TrainingState = from_json(&dir.join(TRAINING_STATE))?;
-        let tensors = safetensors::deserialize(&dir.join(OPTIMIZER))?;
+        let tensors = safetensors::read(&dir.join(OPTIMIZER))?;
         let kind = state.optimizer.kind.clone();
         let hyperparameters = state.optimizer.hyperparameters.clone();
         Ok(Loaded {

@@ -18,8 +18,7 @@ pub(super) const MANIFEST: &str = "manifest.json";
 pub(super) const LOCK: &str = ".run.lock";
 
 /// What every checkpoint has.
-pub(super) const REQUIRED: [&str; 6] =
-    [ADAPTER, ADAPTER_CONFIG, OPTIMIZER, TRAINING_STATE, BASE, ENVIRONMENT];
+pub(super) const REQUIRED: [&str; 6] = [ADAPTER, ADAPTER_CONFIG, OPTIMIZER, TRAINING_STATE, BASE, ENVIRONMENT];
 
 const PREFIX: &str = "checkpoint-";
 /// A checkpoint that makes way for a new one of the same step. It still counts
@@ -54,8 +53,7 @@ pub(super) fn may_be_checkpoint(name: &str) -> bool {
 /// Whether the name is one that this crate gives a checkpoint.
 pub(super) fn is_own(name: &str) -> bool {
     let name = name.strip_suffix(REPLACED).unwrap_or(name);
-    name.strip_prefix(PREFIX)
-        .is_some_and(|step| step.len() >= 8 && step.bytes().all(|b| b.is_ascii_digit()))
+    name.strip_prefix(PREFIX).is_some_and(|step| step.len() >= 8 && step.bytes().all(|b| b.is_ascii_digit()))
 }
 
 /// Whether the name is that of a folder left over by a run that was killed

@@ -22,6 +22,7 @@ mod latest;
 mod layout;
 mod lock;
 mod manifest;
+mod model;
 mod rotate;
 mod run;
 mod state;

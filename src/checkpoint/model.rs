@@ -13,12 +13,18 @@ impl<M> Checkpointable for LoraModel<M> {
         self.adapter_bytes()
     }
 
-    fn load_adapter(&mut self, folder: &Path) -> Result<()> {
+    fn check_adapter(&self, folder: &Path) -> Result<()> {
         let recorded = peft::read_config(folder)?.config;
         let differences = recorded.differences(self.config());
         if !differences.is_empty() {
             return Err(Error::DifferentConfig { what: "LoRA configuration".into(), differences });
         }
+        let path = folder.join(peft::WEIGHTS_FILE);
+        self.check_tensors(&path, &safetensors::read(&path)?)
+    }
+
+    fn load_adapter(&mut self, folder: &Path) -> Result<()> {
+        self.check_adapter(folder)?;
         let path = folder.join(peft::WEIGHTS_FILE);
         self.load_tensors(&path, safetensors::read(&path)?)?;
         Ok(())

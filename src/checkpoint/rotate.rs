@@ -21,7 +21,10 @@ pub(super) fn rotate(run_dir: &Path, saved: u64, keep: usize) -> Result<()> {
         let path = run_dir.join(&name);
         // A link is not a folder that this crate made.
         let own = layout::is_own(&name) && path.is_dir() && !path.is_symlink();
-        if own && name != layout::folder(saved) && let Ok(manifest) = Manifest::read(&path) {
+        if own
+            && name != layout::folder(saved)
+            && let Ok(manifest) = Manifest::read(&path)
+        {
             others.push((manifest.step, name));
         }
     }

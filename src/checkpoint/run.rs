@@ -1,5 +1,6 @@
 //! A training run with its folder of checkpoints.
 
+use super::Parts;
 use super::base::{BaseRecord, ResumePolicy};
 use super::contents::{Loaded, collect};
 use super::environment::Environment;
@@ -8,7 +9,6 @@ use super::lock::Lock;
 use super::manifest::Manifest;
 use super::rotate::rotate;
 use super::write::commit;
-use super::Parts;
 use crate::error::{Error, Result};
 use crate::train::RngState;
 use crate::train::compare::same_config;
@@ -16,6 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Counts the steps of a training run and saves checkpoints into its folder.
 ///
@@ -41,7 +42,8 @@ pub struct Run {
 
 #[derive(Debug)]
 struct Session {
-    _lock: Lock,
+    /// Given up when the run is dropped, or could not be started.
+    lock: Arc<Lock>,
     base: BaseRecord,
 }
 
@@ -134,9 +136,9 @@ impl Run {
     /// [`Error::NewerFormat`], [`Error::RunInUse`] if another run writes into
     /// the folder, [`Error::Io`] if it can't be written to.
     pub fn resume_or_start(&mut self, parts: &mut Parts<'_>) -> Result<Start> {
-        let lock = match self.session.take() {
-            Some(session) => session._lock,
-            None => Lock::acquire(&self.dir)?,
+        let lock = match &self.session {
+            Some(session) => Arc::clone(&session.lock),
+            None => Arc::new(Lock::acquire(&self.dir)?),
         };
         let latest = latest(&self.dir)?;
         for SkippedCheckpoint { path, reason } in &latest.skipped {
@@ -159,7 +161,7 @@ impl Run {
             }
         };
         parts.optimizer.set_learning_rate_factor(parts.schedule.factor(self.step));
-        self.session = Some(Session { _lock: lock, base });
+        self.session = Some(Session { lock, base });
         Ok(start)
     }
 
@@ -181,14 +183,15 @@ impl Run {
             tracing::warn!(difference, "not the recorded environment: results may differ in the last bits");
         }
 
-        // Nothing was changed up to here, and nothing below should fail; if it
-        // does before the optimizer has its state, the generators go back.
+        // Up to here nothing was changed. The generators are set first, since
+        // they can go back, and last, in case loading has drawn from them.
         let before = RngState::capture(&devices)?;
-        let loaded = parts.model.load_adapter(dir).and_then(|()| parts.optimizer.import_state(optimizer));
-        if let Err(error) = loaded.and_then(|()| state.rng.restore()) {
+        let loaded = state.rng.restore().and_then(|()| parts.model.load_adapter(dir));
+        if let Err(error) = loaded.and_then(|()| parts.optimizer.import_state(optimizer)) {
             before.restore()?;
             return Err(error);
         }
+        state.rng.restore()?;
         parts.sampler.set_state(&state.sampler)?;
         (self.step, self.user) = (state.step, state.user);
         Ok(base)

@@ -32,12 +32,7 @@ pub(super) struct OptimizerSettings {
 }
 
 impl TrainingState {
-    pub(super) fn capture(
-        parts: &Parts<'_>,
-        optimizer: &OptimizerState,
-        step: u64,
-        user: Value,
-    ) -> Result<Self> {
+    pub(super) fn capture(parts: &Parts<'_>, optimizer: &OptimizerState, step: u64, user: Value) -> Result<Self> {
         let OptimizerState { kind, hyperparameters, .. } = optimizer;
         Ok(TrainingState {
             step,

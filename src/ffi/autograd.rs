@@ -15,12 +15,7 @@ pub(crate) trait Backward: Send + Sync {
     ///
     /// `saved` are the tensors handed to [`record`]; `needed[i]` tells whether
     /// input `i` wants its gradient. Answers one entry per input.
-    fn backward(
-        &self,
-        grad: &Tensor,
-        saved: &[Tensor],
-        needed: &[bool],
-    ) -> Result<Vec<Option<Tensor>>>;
+    fn backward(&self, grad: &Tensor, saved: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>>;
 }
 
 type BackwardCall = unsafe extern "C" fn(
@@ -53,8 +48,7 @@ unsafe extern "C" {
     ) -> *mut c_char;
 }
 
-static CALLS: NodeCalls =
-    NodeCalls { backward: call_backward, drop: drop_boxed::<Box<dyn Backward>> };
+static CALLS: NodeCalls = NodeCalls { backward: call_backward, drop: drop_boxed::<Box<dyn Backward>> };
 
 #[allow(clippy::too_many_arguments)] // mirrors the C declaration
 unsafe extern "C" fn call_backward(
@@ -99,24 +93,11 @@ pub(crate) fn needs_grad(inputs: &[&Tensor]) -> bool {
 ///
 /// `saved` is kept for the backward pass with libtorch's own checks against
 /// changes in place, and freed as the backward pass is done.
-pub(crate) fn record(
-    inputs: &[&Tensor],
-    saved: &[&Tensor],
-    output: &Tensor,
-    node: Box<dyn Backward>,
-) -> Result<()> {
+pub(crate) fn record(inputs: &[&Tensor], saved: &[&Tensor], output: &Tensor, node: Box<dyn Backward>) -> Result<()> {
     let (inputs, saved) = (raw_all(inputs), raw_all(saved));
     // SAFETY: the arrays hold as many borrowed tensors as stated; the table is
     // static and fits the boxed node, which the shim owns from here on.
     check(unsafe {
-        tp_record(
-            inputs.as_ptr(),
-            inputs.len(),
-            saved.as_ptr(),
-            saved.len(),
-            raw(output),
-            &CALLS,
-            into_opaque(node),
-        )
+        tp_record(inputs.as_ptr(), inputs.len(), saved.as_ptr(), saved.len(), raw(output), &CALLS, into_opaque(node))
     })
 }

@@ -15,8 +15,9 @@ unsafe extern "C" {
 pub(super) fn device_index(device: Device) -> Result<i32> {
     match device {
         Device::Cpu => Ok(-1),
-        Device::Cuda(index) => i32::try_from(index)
-            .map_err(|_| Error::config("device", "a CUDA index below 2^31", index)),
+        Device::Cuda(index) => {
+            i32::try_from(index).map_err(|_| Error::config("device", "a CUDA index below 2^31", index))
+        }
         other => Err(Error::config("device", "Cpu or Cuda", format!("{other:?}"))),
     }
 }

@@ -22,15 +22,9 @@ struct Held<S> {
     name: CString,
 }
 
-type LinearCall = unsafe extern "C" fn(
-    *mut c_void,
-    *mut C_tensor,
-    *mut C_tensor,
-    *mut *mut C_tensor,
-    *mut CppString,
-) -> bool;
-type DenseCall =
-    unsafe extern "C" fn(*mut c_void, *const c_char, *mut *mut C_tensor, *mut CppString) -> bool;
+type LinearCall =
+    unsafe extern "C" fn(*mut c_void, *mut C_tensor, *mut C_tensor, *mut *mut C_tensor, *mut CppString) -> bool;
+type DenseCall = unsafe extern "C" fn(*mut c_void, *const c_char, *mut *mut C_tensor, *mut CppString) -> bool;
 
 #[repr(C)]
 struct SiteCalls {
@@ -42,7 +36,6 @@ struct SiteCalls {
 
 unsafe extern "C" {
     fn tp_attach(weight: *mut C_tensor, calls: *const SiteCalls, site: *mut c_void) -> *mut c_char;
-    fn tp_detach(weight: *mut C_tensor, dense: *mut C_tensor) -> *mut c_char;
     fn tp_site_of(weight: *mut C_tensor, calls: *const SiteCalls) -> *mut c_void;
 }
 
@@ -110,22 +103,12 @@ unsafe extern "C" fn call_name<S>(site: *mut c_void) -> *const c_char {
 /// Makes `weight`, and with it every handle on the same tensor, answer
 /// through `site`. Its dense storage is let go; take `weight.f_detach()`
 /// before, if it is still wanted.
-pub(crate) fn attach<S: WeightSite + 'static>(
-    weight: &Tensor,
-    name: &str,
-    site: Arc<S>,
-) -> Result<()> {
+pub(crate) fn attach<S: WeightSite + 'static>(weight: &Tensor, name: &str, site: Arc<S>) -> Result<()> {
     let name = CString::new(name.replace('\0', " ")).unwrap_or_default();
     let object = into_opaque(Held { site, name });
     // SAFETY: the weight is borrowed; the table is static and fits `Held<S>`;
     // the shim owns the object from here on, and drops it if it fails.
     check(unsafe { tp_attach(raw(weight), Table::<S>::CALLS, object) })
-}
-
-/// Gives an adapted weight the plain tensor `dense` back; drops its site.
-pub(crate) fn detach(weight: &Tensor, dense: &Tensor) -> Result<()> {
-    // SAFETY: both tensors are borrowed for the call.
-    check(unsafe { tp_detach(raw(weight), raw(dense)) })
 }
 
 /// The site of an adapted weight, if it has one of type `S`.

@@ -23,7 +23,7 @@ pub(crate) mod shared;
 use crate::error::{Error, Result};
 use std::ffi::{CStr, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use tch::{Tensor, TchError};
+use tch::{TchError, Tensor};
 use torch_sys::C_tensor;
 
 /// A C++ `std::string` that Rust fills with an error message.

@@ -13,11 +13,7 @@ unsafe extern "C" {
     fn tp_autocast_kind(device: i32) -> i32;
     fn tp_set_graph_executor_optimize(on: bool) -> bool;
     fn tp_module_types(module: *mut c_void, sink: *mut c_void, visit: TypeVisitor) -> *mut c_char;
-    fn tp_module_buffers(
-        module: *mut c_void,
-        sink: *mut c_void,
-        visit: BufferVisitor,
-    ) -> *mut c_char;
+    fn tp_module_buffers(module: *mut c_void, sink: *mut c_void, visit: BufferVisitor) -> *mut c_char;
     fn tp_module_set_training(module: *mut c_void, on: bool) -> *mut c_char;
     fn tp_trim_heap();
     fn tp_cuda_status() -> *const c_char;
@@ -81,9 +77,7 @@ pub(crate) fn module_types(module: &CModule) -> Result<Vec<(String, String)>> {
     }
     let mut types: Vec<(String, String)> = Vec::new();
     // SAFETY: the module is borrowed; `visit` fits the sink.
-    check(unsafe {
-        tp_module_types(module_ptr(module), (&raw mut types).cast::<c_void>(), visit)
-    })?;
+    check(unsafe { tp_module_types(module_ptr(module), (&raw mut types).cast::<c_void>(), visit) })?;
     Ok(types)
 }
 
@@ -99,9 +93,7 @@ pub(crate) fn module_buffers(module: &CModule) -> Result<Vec<(String, Tensor)>> 
     }
     let mut buffers: Vec<(String, Tensor)> = Vec::new();
     // SAFETY: the module is borrowed; `visit` fits the sink.
-    check(unsafe {
-        tp_module_buffers(module_ptr(module), (&raw mut buffers).cast::<c_void>(), visit)
-    })?;
+    check(unsafe { tp_module_buffers(module_ptr(module), (&raw mut buffers).cast::<c_void>(), visit) })?;
     Ok(buffers)
 }
 

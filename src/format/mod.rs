@@ -23,8 +23,11 @@ pub struct LoadReport {
 impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} tensors loaded", self.loaded.len())?;
-        let lists =
-            [("missing", &self.missing), ("unexpected", &self.unexpected), ("unknown config keys", &self.unknown_config_keys)];
+        let lists = [
+            ("missing", &self.missing),
+            ("unexpected", &self.unexpected),
+            ("unknown config keys", &self.unknown_config_keys),
+        ];
         for (what, keys) in lists.into_iter().filter(|(_, keys)| !keys.is_empty()) {
             write!(f, "; {what}: {}", keys.join(", "))?;
         }

@@ -224,7 +224,8 @@ mod tests {
         let text = String::from_utf8(config_to_json(&found.config).unwrap()).unwrap();
         assert!(text.contains("\"new_thing\": {"), "{text}");
 
-        let error = read(json!({"peft_type": "LORA", "target_modules": "x", "use_dora": true, "bias": "all"})).unwrap_err();
+        let error =
+            read(json!({"peft_type": "LORA", "target_modules": "x", "use_dora": true, "bias": "all"})).unwrap_err();
         let Error::Unsupported { fields } = error else { panic!("{error}") };
         assert_eq!(fields, ["bias = \"all\"", "use_dora = true"]);
         assert!(matches!(read(json!({"peft_type": "LOHA"})), Err(Error::Unsupported { .. })));

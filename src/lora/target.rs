@@ -13,10 +13,7 @@ const OUTPUT_LAYER: &str = "lm_head";
 /// # Errors
 /// [`Error::NoTarget`] if nothing matches, or if one entry of a list doesn't.
 pub(crate) fn resolve(target: &TargetModules, linears: &[&str]) -> Result<Vec<String>> {
-    let none = |target: &str| Error::NoTarget {
-        target: target.into(),
-        near: near(target, linears.iter().copied()),
-    };
+    let none = |target: &str| Error::NoTarget { target: target.into(), near: near(target, linears.iter().copied()) };
     let matches: Box<dyn Fn(&str) -> bool> = match target {
         TargetModules::List(list) => {
             for entry in list {

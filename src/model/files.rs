@@ -65,8 +65,8 @@ impl<M> LoraModel<M> {
         }
     }
 
-    /// Loads A and B in place, all or none.
-    pub(crate) fn load_tensors(&self, path: &Path, mut tensors: BTreeMap<String, Tensor>) -> Result<LoadReport> {
+    /// Whether `tensors` are this model's A and B, in name, shape and sanity.
+    pub(crate) fn check_tensors(&self, path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
         let parameters = self.parameters();
         let missing: Vec<String> =
             parameters.iter().filter(|p| !tensors.contains_key(&p.name)).map(|p| p.name.clone()).collect();
@@ -86,13 +86,19 @@ impl<M> LoraModel<M> {
             }
             check_finite(&p.name, found, "the adapter is broken: use an earlier one")?;
         }
+        Ok(())
+    }
+
+    /// Loads A and B in place, all or none.
+    pub(crate) fn load_tensors(&self, path: &Path, mut tensors: BTreeMap<String, Tensor>) -> Result<LoadReport> {
+        self.check_tensors(path, &tensors)?;
+        let loaded = tensors.keys().cloned().collect();
         let _no_grad = tch::no_grad_guard();
-        for NamedParameter { name, mut tensor } in parameters {
+        for NamedParameter { name, mut tensor } in self.parameters() {
             if let Some(found) = tensors.remove(&name) {
                 tensor.f_copy_(&found)?;
             }
         }
-        let loaded = self.parameters().into_iter().map(|p| p.name).collect();
         Ok(LoadReport { loaded, ..LoadReport::default() })
     }
 
@@ -122,4 +128,3 @@ impl<M> LoraModel<M> {
         ])
     }
 }
-

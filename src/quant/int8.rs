@@ -34,13 +34,7 @@ impl Int8 {
             data.f_narrow(0, start, rows)?.f_copy_(&q.f_clamp_(-128.0, 127.0)?)?;
             Ok(())
         })?;
-        Ok(Int8 {
-            data: SharedTensor::new(data),
-            scale: SharedTensor::new(scale),
-            shape: [out, inn],
-            kind,
-            device,
-        })
+        Ok(Int8 { data: SharedTensor::new(data), scale: SharedTensor::new(scale), shape: [out, inn], kind, device })
     }
 }
 

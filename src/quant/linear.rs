@@ -93,11 +93,7 @@ pub(crate) fn gradient_rows(grad: &Tensor, out: i64) -> Result<Tensor> {
 }
 
 /// `linear` with a frozen weight: gradients reach x and the bias.
-pub(crate) fn frozen_linear(
-    weight: &Arc<dyn PackedWeight>,
-    x: &Tensor,
-    bias: Option<&Tensor>,
-) -> Result<Tensor> {
+pub(crate) fn frozen_linear(weight: &Arc<dyn PackedWeight>, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let rows = Rows::new(weight.as_ref(), x)?;
     let y = {
         let _no_grad = tch::no_grad_guard();

@@ -116,12 +116,7 @@ impl AdamWBuilder {
 
     /// Another learning rate and weight decay for the parameters whose names
     /// `predicate` accepts. The first group that accepts a name has it.
-    pub fn group(
-        mut self,
-        predicate: impl Fn(&str) -> bool + 'static,
-        lr: f64,
-        weight_decay: f64,
-    ) -> Self {
+    pub fn group(mut self, predicate: impl Fn(&str) -> bool + 'static, lr: f64, weight_decay: f64) -> Self {
         self.groups.push((Box::new(predicate), Group { lr, weight_decay }));
         self
     }
@@ -271,10 +266,8 @@ impl Optimizer for AdamW {
     fn check_state(&self, state: &OptimizerState) -> Result<()> {
         same_config("optimizer", &json!({"kind": state.kind}), &json!({"kind": KIND}))?;
         let expected: BTreeMap<_, _> = self.slots.iter().flat_map(Slot::tensors).collect();
-        let missing: Vec<_> =
-            expected.keys().filter(|name| !state.tensors.contains_key(*name)).cloned().collect();
-        let unexpected: Vec<_> =
-            state.tensors.keys().filter(|name| !expected.contains_key(*name)).cloned().collect();
+        let missing: Vec<_> = expected.keys().filter(|name| !state.tensors.contains_key(*name)).cloned().collect();
+        let unexpected: Vec<_> = state.tensors.keys().filter(|name| !expected.contains_key(*name)).cloned().collect();
         if !(missing.is_empty() && unexpected.is_empty()) {
             return Err(Error::Keys { path: PathBuf::from("optimizer state"), missing, unexpected });
         }

@@ -55,8 +55,7 @@ impl Sampler {
         if !(1..=len).contains(&batch_size) {
             return Err(Error::config("batch_size", format!("1 to {len}, the number of examples"), batch_size));
         }
-        let state =
-            SamplerState { seed, len, batch_size, shuffle: true, drop_last: false, epoch: 0, index: 0 };
+        let state = SamplerState { seed, len, batch_size, shuffle: true, drop_last: false, epoch: 0, index: 0 };
         Ok(Sampler { order: order(&state), state })
     }
 

@@ -58,16 +58,13 @@ impl Schedule {
     /// What the base learning rates are multiplied by, from 0 to 1, after
     /// `step` steps have been taken (0 before the first).
     pub fn factor(&self, step: u64) -> f64 {
-        let (Self::Constant { warmup } | Self::Linear { warmup, .. } | Self::Cosine { warmup, .. }) =
-            *self;
+        let (Self::Constant { warmup } | Self::Linear { warmup, .. } | Self::Cosine { warmup, .. }) = *self;
         if step < warmup {
             return ratio(step, warmup);
         }
         match *self {
             Schedule::Constant { .. } => 1.0,
-            Schedule::Linear { total, .. } => {
-                ratio(total.saturating_sub(step), total.saturating_sub(warmup))
-            }
+            Schedule::Linear { total, .. } => ratio(total.saturating_sub(step), total.saturating_sub(warmup)),
             Schedule::Cosine { total, .. } => {
                 let progress = ratio(step - warmup, total.saturating_sub(warmup));
                 (0.5 * (1.0 + (PI * progress).cos())).max(0.0)

@@ -46,14 +46,8 @@ pub fn peer<A: AsRef<OsStr>>(script: &str, args: &[A]) {
         .env("HF_HUB_OFFLINE", "1")
         .output()
         .unwrap_or_else(|e| panic!("{}: {e}", python.display()));
-    let (stdout, stderr) =
-        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(
-        output.status.success(),
-        "{} failed ({})\n{stdout}\n{stderr}",
-        script.display(),
-        output.status
-    );
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{} failed ({})\n{stdout}\n{stderr}", script.display(), output.status);
     print!("{stdout}");
 }
 
@@ -82,8 +76,7 @@ pub fn rng() -> MutexGuard<'static, ()> {
 /// The tensors of a safetensors file by name.
 pub fn read(path: impl AsRef<Path>) -> BTreeMap<String, Tensor> {
     let path = path.as_ref();
-    let tensors =
-        Tensor::read_safetensors(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let tensors = Tensor::read_safetensors(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     tensors.into_iter().collect()
 }
 

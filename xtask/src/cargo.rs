@@ -52,10 +52,7 @@ impl Cargo {
 
     /// The command as one would type it.
     pub fn display(&self) -> String {
-        let flags = self
-            .0
-            .get_envs()
-            .filter(|(name, _)| *name == "RUSTDOCFLAGS");
+        let flags = self.0.get_envs().filter(|(name, _)| *name == "RUSTDOCFLAGS");
         let flags = flags.map(|(_, value)| format!("RUSTDOCFLAGS={:?}", value.unwrap_or_default()));
         let args = self.0.get_args().map(|arg| arg.to_string_lossy().into());
         let words = flags.chain([String::from("cargo")]).chain(args);
@@ -127,10 +124,7 @@ pub struct TestCount {
 impl TestCount {
     /// Takes in a line of output; only those that close a test program count.
     fn add(&mut self, line: &str) {
-        let Some((_, results)) = line
-            .strip_prefix("test result: ")
-            .and_then(|verdict| verdict.split_once(". "))
-        else {
+        let Some((_, results)) = line.strip_prefix("test result: ").and_then(|verdict| verdict.split_once(". ")) else {
             return;
         };
         for result in results.split(';') {
@@ -165,19 +159,10 @@ mod tests {
 
     #[test]
     fn the_users_own_cargo_settings_are_kept() {
-        for name in [
-            "CARGO_PKG_NAME",
-            "CARGO_MANIFEST_DIR",
-            "CARGO_MANIFEST_PATH",
-        ] {
+        for name in ["CARGO_PKG_NAME", "CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH"] {
             assert!(is_set_by_cargo_run(name), "{name}");
         }
-        for name in [
-            "CARGO",
-            "CARGO_HOME",
-            "CARGO_TARGET_DIR",
-            "CARGO_BUILD_JOBS",
-        ] {
+        for name in ["CARGO", "CARGO_HOME", "CARGO_TARGET_DIR", "CARGO_BUILD_JOBS"] {
             assert!(!is_set_by_cargo_run(name), "{name}");
         }
     }

@@ -82,36 +82,24 @@ pub fn parse(args: &[OsString]) -> Result<Command, String> {
             none_passed_on(split, &command)?;
             Ok(Command::Setup { peers })
         }
-        "demo" => Ok(Command::Demo {
-            args: [ours, theirs].concat(),
-        }),
-        "test" => Ok(Command::Test {
-            peers: !flag(ours, "--no-peers", &command)?,
-            args: theirs.to_vec(),
-        }),
-        "bench" => Ok(Command::Bench {
-            args: rest.to_vec(),
-        }),
+        "demo" => Ok(Command::Demo { args: [ours, theirs].concat() }),
+        "test" => Ok(Command::Test { peers: !flag(ours, "--no-peers", &command)?, args: theirs.to_vec() }),
+        "bench" => Ok(Command::Bench { args: rest.to_vec() }),
         "doc" => {
             let open = flag(ours, "--open", &command)?;
             none_passed_on(split, &command)?;
-            Ok(Command::Doc {
-                args: open.then(|| "--open".into()).into_iter().collect(),
-            })
+            Ok(Command::Doc { args: open.then(|| "--open".into()).into_iter().collect() })
         }
-        _ => Err(format!(
-            "no command `{command}`; `cargo xtask --help` lists them"
-        )),
+        _ => Err(format!("no command `{command}`; `cargo xtask --help` lists them")),
     }
 }
 
 /// Whether the command's only option is given; anything else is an error.
 fn flag(args: &[OsString], option: &str, command: &str) -> Result<bool, String> {
     match args.iter().find(|arg| *arg != OsStr::new(option)) {
-        Some(other) => Err(format!(
-            "`{command}` takes {option} only, not `{}`; see `cargo xtask --help`",
-            other.to_string_lossy()
-        )),
+        Some(other) => {
+            Err(format!("`{command}` takes {option} only, not `{}`; see `cargo xtask --help`", other.to_string_lossy()))
+        }
         None => Ok(!args.is_empty()),
     }
 }
@@ -142,19 +130,13 @@ mod tests {
             assert_eq!(parsed(args), Ok(Command::Help), "{args:?}");
         }
         let args = os(&["--help"]);
-        assert_eq!(
-            parsed(&["demo", "--", "--help"]),
-            Ok(Command::Demo { args })
-        );
+        assert_eq!(parsed(&["demo", "--", "--help"]), Ok(Command::Demo { args }));
     }
 
     #[test]
     fn demo_takes_arguments_with_or_without_the_dashes() {
         let args = os(&["--steps", "3"]);
-        for given in [
-            &["demo", "--steps", "3"][..],
-            &["demo", "--", "--steps", "3"],
-        ] {
+        for given in [&["demo", "--steps", "3"][..], &["demo", "--", "--steps", "3"]] {
             let args = args.clone();
             assert_eq!(parsed(given), Ok(Command::Demo { args }));
         }
@@ -172,10 +154,7 @@ mod tests {
         let args = vec![];
         assert_eq!(parsed(&["test"]), Ok(Command::Test { peers: true, args }));
         let (peers, args) = (false, os(&["nf4"]));
-        assert_eq!(
-            parsed(&["test", "--no-peers", "--", "nf4"]),
-            Ok(Command::Test { peers, args })
-        );
+        assert_eq!(parsed(&["test", "--no-peers", "--", "nf4"]), Ok(Command::Test { peers, args }));
     }
 
     #[test]

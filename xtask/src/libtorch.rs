@@ -41,10 +41,7 @@ impl Libtorch {
             return own(path, "LIBTORCH is set");
         }
         if std::env::var_os("LIBTORCH_USE_PYTORCH").is_some() {
-            return own(
-                "the torch of your Python".into(),
-                "LIBTORCH_USE_PYTORCH is set",
-            );
+            return own("the torch of your Python".into(), "LIBTORCH_USE_PYTORCH is set");
         }
         // A working link to elsewhere, or a folder, is nothing that we made.
         match link.canonicalize() {
@@ -59,8 +56,7 @@ impl Libtorch {
 /// cargo exports to every program that it runs.
 fn own_setting(value: Option<&OsStr>, default: &Path) -> Option<PathBuf> {
     let path = PathBuf::from(value.filter(|value| !value.is_empty())?);
-    let same = path == default
-        || matches!((resolved(&path), resolved(default)), (Some(a), Some(b)) if a == b);
+    let same = path == default || matches!((resolved(&path), resolved(default)), (Some(a), Some(b)) if a == b);
     (!same).then_some(path)
 }
 
@@ -108,9 +104,7 @@ pub fn link(root: &Path, torch: &Path) -> Result<()> {
 /// `to` as seen from the folder `from`, if it lies within.
 fn relative(from: &Path, to: &Path) -> Option<PathBuf> {
     let inner = to.strip_prefix(from).ok()?;
-    let plain = inner
-        .components()
-        .all(|c| matches!(c, Component::Normal(_)));
+    let plain = inner.components().all(|c| matches!(c, Component::Normal(_)));
     plain.then(|| inner.to_path_buf())
 }
 
@@ -144,10 +138,7 @@ mod tests {
         // `src/..` stands for any other way to write the same folder.
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let other = root.join("src/../libtorch");
-        assert_eq!(
-            own_setting(Some(other.as_os_str()), &root.join("libtorch")),
-            None
-        );
+        assert_eq!(own_setting(Some(other.as_os_str()), &root.join("libtorch")), None);
     }
 
     #[test]

@@ -60,10 +60,7 @@ fn run(command: Command) -> Result<()> {
         }
         Command::Demo { args } => {
             let ready = setup(&root, false)?;
-            ready
-                .cargo(["run", "--release", "--example", "demo", "--"])
-                .args(args)
-                .run()
+            ready.cargo(["run", "--release", "--example", "demo", "--"]).args(args).run()
         }
         Command::Test { peers, args } => test(&setup(&root, peers)?, args),
         Command::Bench { args } => setup(&root, true)?.cargo(["bench"]).args(args).run(),
@@ -74,8 +71,8 @@ fn run(command: Command) -> Result<()> {
 /// The repository's root. Cargo says at run time where this package is; the
 /// place it was built from serves when the binary is started by hand.
 fn root() -> PathBuf {
-    let package = std::env::var_os("CARGO_MANIFEST_DIR")
-        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    let package =
+        std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
     package.parent().map_or(package.clone(), Path::to_path_buf)
 }
 
@@ -115,19 +112,12 @@ fn setup(root: &Path, peers: bool) -> Result<Ready> {
     if let Libtorch::Venv = libtorch {
         libtorch::link(root, &venv.torch_dir()?)?;
     }
-    Ok(Ready {
-        root: root.to_path_buf(),
-        libtorch,
-        peers: peers.then_some(venv),
-    })
+    Ok(Ready { root: root.to_path_buf(), libtorch, peers: peers.then_some(venv) })
 }
 
 /// `cargo doc` for our own packages, warnings being errors.
 fn doc<const N: usize>(ready: &Ready, args: [&str; N]) -> Cargo {
-    ready
-        .cargo(["doc", "--no-deps"])
-        .args(args)
-        .env("RUSTDOCFLAGS", "-D warnings")
+    ready.cargo(["doc", "--no-deps"]).args(args).env("RUSTDOCFLAGS", "-D warnings")
 }
 
 /// Format, lints, documentation and tests, stopping at the first that fails.

@@ -86,13 +86,9 @@ fn parse_pins(text: &str) -> Result<Vec<Pin>, String> {
         content.trim()
     });
     let pins = lines.filter(|line| !line.is_empty()).map(|line| {
-        let (name, version) = line
-            .split_once("==")
-            .ok_or_else(|| format!("`{line}` is not of the form name==version"))?;
-        Ok(Pin {
-            name: name.trim().to_owned(),
-            version: version.trim().to_owned(),
-        })
+        let (name, version) =
+            line.split_once("==").ok_or_else(|| format!("`{line}` is not of the form name==version"))?;
+        Ok(Pin { name: name.trim().to_owned(), version: version.trim().to_owned() })
     });
     pins.collect()
 }
@@ -106,9 +102,7 @@ pub struct Venv {
 impl Venv {
     /// The environment of the repository at `root`.
     pub fn at(root: &Path) -> Self {
-        Self {
-            dir: root.join("target").join("python"),
-        }
+        Self { dir: root.join("target").join("python") }
     }
 
     /// Its folder.
@@ -128,9 +122,7 @@ impl Venv {
     /// installation was broken off.
     pub fn has(&self, wanted: &Requirements) -> bool {
         !self.unfinished().exists()
-            && self
-                .ask(PRINT_VERSIONS, wanted.names())
-                .is_ok_and(|listing| wanted.met_by(&listing))
+            && self.ask(PRINT_VERSIONS, wanted.names()).is_ok_and(|listing| wanted.met_by(&listing))
     }
 
     /// Makes the environment with `python` if there is none that works, and
@@ -153,8 +145,7 @@ impl Venv {
             pip.arg("-r").arg(file);
         }
         finish(&mut pip, "install the Python packages")?;
-        fs::remove_file(&marker)
-            .map_err(|e| format!("cannot remove {}: {e}", marker.display()).into())
+        fs::remove_file(&marker).map_err(|e| format!("cannot remove {}: {e}", marker.display()).into())
     }
 
     /// The folder of the installed torch, which is a libtorch.
@@ -181,18 +172,12 @@ impl Venv {
     }
 
     /// What a script prints, if the interpreter is there and the script succeeds.
-    fn ask<'a>(
-        &self,
-        script: &str,
-        args: impl IntoIterator<Item = &'a str>,
-    ) -> Result<String, String> {
+    fn ask<'a>(&self, script: &str, args: impl IntoIterator<Item = &'a str>) -> Result<String, String> {
         let mut command = self.isolated();
         command.args(["-c", script]).args(args);
         let output = command.stderr(Stdio::null()).output();
         match output {
-            Ok(output) if output.status.success() => {
-                String::from_utf8(output.stdout).map_err(|e| e.to_string())
-            }
+            Ok(output) if output.status.success() => String::from_utf8(output.stdout).map_err(|e| e.to_string()),
             Ok(output) => Err(output.status.to_string()),
             Err(error) => Err(error.to_string()),
         }
@@ -213,10 +198,7 @@ mod tests {
     use super::*;
 
     fn pin(name: &str, version: &str) -> Pin {
-        Pin {
-            name: name.into(),
-            version: version.into(),
-        }
+        Pin { name: name.into(), version: version.into() }
     }
 
     #[test]
@@ -234,10 +216,7 @@ mod tests {
 
     #[test]
     fn only_the_pinned_versions_will_do() {
-        let wanted = Requirements {
-            files: vec![],
-            pins: vec![pin("torch", "2.11.0"), pin("numpy", "2.4.6")],
-        };
+        let wanted = Requirements { files: vec![], pins: vec![pin("torch", "2.11.0"), pin("numpy", "2.4.6")] };
         assert!(wanted.met_by("torch 2.11.0\nnumpy 2.4.6\n"));
         assert!(wanted.met_by("numpy 2.4.6\ntorch 2.11.0+cpu\n"));
         assert!(!wanted.met_by("torch 2.11.0\n"));

@@ -75,9 +75,7 @@ impl System {
     fn install(self, missing: Missing) -> &'static str {
         match (self, missing) {
             (Self::Debian, Missing::Cxx) => "sudo apt-get install g++",
-            (Self::Debian, Missing::OtherPython) => {
-                "sudo apt-get install python3.11 python3.11-venv"
-            }
+            (Self::Debian, Missing::OtherPython) => "sudo apt-get install python3.11 python3.11-venv",
             (Self::Debian, _) => "sudo apt-get install python3 python3-venv",
             (Self::Fedora, Missing::Cxx) => "sudo dnf install gcc-c++",
             (Self::Fedora, Missing::OtherPython) => "sudo dnf install python3.12",
@@ -178,15 +176,10 @@ fn find_cxx(setting: Option<OsString>) -> Result<(), String> {
     if runs("c++".as_ref()) {
         return Ok(());
     }
-    Err(
-        match ["g++", "clang++"]
-            .into_iter()
-            .find(|cxx| runs(cxx.as_ref()))
-        {
-            Some(other) => format!("C++ compiler: no `c++`; to use `{other}`, set CXX={other}"),
-            None => "C++ compiler: no `c++`, and CXX is not set".into(),
-        },
-    )
+    Err(match ["g++", "clang++"].into_iter().find(|cxx| runs(cxx.as_ref())) {
+        Some(other) => format!("C++ compiler: no `c++`; to use `{other}`, set CXX={other}"),
+        None => "C++ compiler: no `c++`, and CXX is not set".into(),
+    })
 }
 
 /// Whether a program is there and tells its version.
@@ -255,14 +248,8 @@ mod tests {
     fn systems_are_recognised_by_id_or_likeness() {
         for (text, system) in [
             ("NAME=x\nID=debian\n", Some(System::Debian)),
-            (
-                "ID=linuxmint\nID_LIKE=\"ubuntu debian\"\n",
-                Some(System::Debian),
-            ),
-            (
-                "ID=\"rocky\"\nID_LIKE=\"rhel centos fedora\"\n",
-                Some(System::Fedora),
-            ),
+            ("ID=linuxmint\nID_LIKE=\"ubuntu debian\"\n", Some(System::Debian)),
+            ("ID=\"rocky\"\nID_LIKE=\"rhel centos fedora\"\n", Some(System::Fedora)),
             ("ID=arch\n", None),
             ("VERSION_ID=debian\n", None),
         ] {
@@ -272,16 +259,10 @@ mod tests {
 
     #[test]
     fn every_missing_tool_comes_with_its_command() {
-        let problems = [
-            (Missing::Cxx, "no compiler".to_owned()),
-            (Missing::Venv, "no venv".to_owned()),
-        ];
+        let problems = [(Missing::Cxx, "no compiler".to_owned()), (Missing::Venv, "no venv".to_owned())];
         let text = describe(&problems, Some(System::Debian));
         assert!(text.contains("apt-get install g++"), "{text}");
-        assert!(
-            text.contains("apt-get install python3 python3-venv"),
-            "{text}"
-        );
+        assert!(text.contains("apt-get install python3 python3-venv"), "{text}");
         assert!(!text.contains("dnf"), "{text}");
     }
 

@@ -61,16 +61,14 @@ fn part(len: usize) -> usize {
 /// divided by it: bitsandbytes' arithmetic, which fixes the bits.
 pub(super) fn quantize<W: Float>(values: &[W], data: &mut [u8], absmax: &mut [f32]) {
     let part = part(values.len());
-    values
-        .par_chunks(part)
-        .zip(data.par_chunks_mut(part / 2))
-        .zip(absmax.par_chunks_mut(part / BLOCK_LEN))
-        .for_each(|((values, data), absmax)| {
+    values.par_chunks(part).zip(data.par_chunks_mut(part / 2)).zip(absmax.par_chunks_mut(part / BLOCK_LEN)).for_each(
+        |((values, data), absmax)| {
             let blocks = values.chunks(BLOCK_LEN).zip(data.chunks_mut(BLOCK_LEN / 2)).zip(absmax);
             for ((values, data), scale) in blocks {
                 *scale = quantize_block(values, data);
             }
-        });
+        },
+    );
 }
 
 /// Packs one block and answers its scale.
@@ -109,17 +107,10 @@ pub(super) fn unpack<W: Float, T: Float>(
     if part >= out.len() {
         return unpack_range::<W, T>(data, scale, start, out);
     }
-    out.par_chunks_mut(part)
-        .enumerate()
-        .for_each(|(i, out)| unpack_range::<W, T>(data, scale, start + i * part, out));
+    out.par_chunks_mut(part).enumerate().for_each(|(i, out)| unpack_range::<W, T>(data, scale, start + i * part, out));
 }
 
-fn unpack_range<W: Float, T: Float>(
-    data: &[u8],
-    scale: &(dyn Fn(usize) -> f32 + Sync),
-    start: usize,
-    out: &mut [T],
-) {
+fn unpack_range<W: Float, T: Float>(data: &[u8], scale: &(dyn Fn(usize) -> f32 + Sync), start: usize, out: &mut [T]) {
     let value = |code: f32, scale: f32| T::from_f32(W::from_f32(code * scale).to_f32());
     let mut at = start;
     let mut out = out;

@@ -20,8 +20,6 @@ use tch::{Device, Kind, Tensor};
 const BLOCK: i64 = 64;
 /// Scales that share a scale of their own under double quantisation.
 const NESTED_BLOCK: i64 = 256;
-/// bitsandbytes' floor for the scale of a block, so that zeros divide.
-const TINY: f64 = 1e-38;
 
 /// The 16 values of the code, in order.
 #[rustfmt::skip]
@@ -266,12 +264,9 @@ mod tests {
 
     #[test]
     fn both_ways_of_unpacking_agree_from_any_row() {
-        for (shape, kind) in [
-            ([5, 37], Kind::Float),
-            ([64, 128], Kind::BFloat16),
-            ([3, 1], Kind::Half),
-            ([700, 130], Kind::Float),
-        ] {
+        for (shape, kind) in
+            [([5, 37], Kind::Float), ([64, 128], Kind::BFloat16), ([3, 1], Kind::Half), ([700, 130], Kind::Float)]
+        {
             let weight = Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
             for double_quant in [false, true] {
                 let packed = Nf4::pack(&weight, double_quant).unwrap();
@@ -282,10 +277,7 @@ mod tests {
                         let mut operators = kernel.copy();
                         packed.unpack_rows(start, &mut kernel).unwrap();
                         packed.unpack_with_operators(start * shape[1], &mut operators).unwrap();
-                        assert_eq!(
-                            bytes::tensor_bytes(&kernel).unwrap(),
-                            bytes::tensor_bytes(&operators).unwrap()
-                        );
+                        assert_eq!(bytes::tensor_bytes(&kernel).unwrap(), bytes::tensor_bytes(&operators).unwrap());
                     }
                 }
             }
