@@ -1,8 +1,15 @@
 //! The hook, the node and `LoraModel`, against plain dense tensors.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use tch::nn::{self, Module};
 use tch::{Device, Kind, Tensor};
 use tch_peft::{Base, Error, InitLoraWeights, LoraConfig, LoraModel, QuantConfig};
+
+/// Tests share libtorch's default generator, and some seed it: one at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -58,6 +65,7 @@ fn reference(weights: &[(Tensor, Tensor, Tensor, Tensor)], x: &Tensor, scaling: 
 
 #[test]
 fn gradients_equal_the_dense_formula_on_the_dequantised_weight() {
+    let _alone = alone();
     for scheme in ["dense", "int8", "nf4", "nf4+dq"] {
         for (inn, hidden, shape) in [(48, 40, vec![2, 5, 48]), (1500, 1600, vec![3, 1500])] {
             let (vs, module) = net(1, inn, hidden);
@@ -100,6 +108,7 @@ fn gradients_equal_the_dense_formula_on_the_dequantised_weight() {
 
 #[test]
 fn a_frozen_linear_without_adapter_passes_gradients_to_its_input_and_bias() {
+    let _alone = alone();
     let (vs, module) = net(2, 48, 40);
     let base = Base::new(vs, module).quantize(&QuantConfig::nf4().build().unwrap()).unwrap();
     let w = base.module().up.ws.detach();
@@ -114,6 +123,7 @@ fn a_frozen_linear_without_adapter_passes_gradients_to_its_input_and_bias() {
 
 #[test]
 fn quantise_then_wrap_equals_wrap_then_quantise() {
+    let _alone = alone();
     for quant in [QuantConfig::int8(), QuantConfig::nf4().double_quant(true)] {
         let quant = quant.build().unwrap();
         let (vs, module) = net(3, 48, 40);
@@ -137,6 +147,7 @@ fn quantise_then_wrap_equals_wrap_then_quantise() {
 
 #[test]
 fn other_operators_see_the_effective_weight_and_gradients_pass_through() {
+    let _alone = alone();
     let (vs, module) = net(4, 48, 40);
     let model = LoraModel::wrap(Base::new(vs, module), config()).unwrap();
     let w = &model.module().up.ws;
@@ -156,6 +167,7 @@ fn other_operators_see_the_effective_weight_and_gradients_pass_through() {
 
 #[test]
 fn writes_and_raw_access_are_refused_and_change_nothing() {
+    let _alone = alone();
     let (vs, module) = net(5, 48, 40);
     let model = LoraModel::wrap(Base::new(vs, module), config()).unwrap();
     let mut w = model.module().up.ws.shallow_clone();
@@ -183,6 +195,7 @@ fn writes_and_raw_access_are_refused_and_change_nothing() {
 
 #[test]
 fn a_guard_turns_adapters_off_and_restores_what_was() {
+    let _alone = alone();
     let (vs, module) = net(6, 48, 40);
     let x = Tensor::randn([3, 48], CPU);
     let plain = module.forward(&x);
@@ -201,6 +214,7 @@ fn a_guard_turns_adapters_off_and_restores_what_was() {
 
 #[test]
 fn dropout_is_live_in_training_only_and_its_gradient_uses_the_same_mask() {
+    let _alone = alone();
     let (vs, module) = net(7, 48, 40);
     let builder = LoraConfig::builder().r(4).lora_dropout(0.5).target_modules(["up"]);
     let config = builder.init_lora_weights(false).build().unwrap();
@@ -222,6 +236,7 @@ fn dropout_is_live_in_training_only_and_its_gradient_uses_the_same_mask() {
 
 #[test]
 fn backward_keeps_torchs_own_checks() {
+    let _alone = alone();
     let (vs, module) = net(8, 48, 40);
     let model = LoraModel::wrap(Base::new(vs, module), config()).unwrap();
     let x = Tensor::randn([3, 48], CPU);
@@ -246,6 +261,7 @@ fn backward_keeps_torchs_own_checks() {
 
 #[test]
 fn shapes_that_do_not_fit_are_errors() {
+    let _alone = alone();
     let (vs, module) = net(11, 48, 40);
     let model = LoraModel::wrap(Base::new(vs, module), config()).unwrap();
     let text = model.module().up.ws.f_linear(&Tensor::zeros([2, 2], CPU), None::<&Tensor>);
@@ -261,6 +277,7 @@ fn shapes_that_do_not_fit_are_errors() {
 
 #[test]
 fn bf16_bases_train_f32_adapters() {
+    let _alone = alone();
     for quantised in [false, true] {
         let (mut vs, module) = net(12, 64, 48);
         vs.bfloat16();
@@ -290,6 +307,7 @@ fn bf16_bases_train_f32_adapters() {
 
 #[test]
 fn tied_weights_are_packed_once_and_adapted_under_one_name() {
+    let _alone = alone();
     let vs = nn::VarStore::new(Device::Cpu);
     let root = vs.root();
     let a = nn::linear(&root / "a", 16, 16, nn::LinearConfig { bias: false, ..Default::default() });

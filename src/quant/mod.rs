@@ -1,7 +1,7 @@
 //! Floor 1: quantisation schemes, packed weights and their products.
 //!
 //! One file per scheme. A packed weight knows how to unpack a range of its
-//! rows; [`linear`] builds the products and the autograd node on that, so that
+//! rows; `linear` builds the products and the autograd node on that, so that
 //! at most one tile of a weight is dense at any time.
 
 mod config;

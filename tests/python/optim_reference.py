@@ -1,11 +1,11 @@
-"""What torch and transformers answer, as JSON on stdout, for tests/train.rs.
+"""What torch and transformers answer, as a JSON file, for tests/train.rs.
 
 Tensors are lists of f32 bit patterns, and f64 values are bit patterns too, so
 that nothing is lost on the way.
 
-    optim_reference.py adamw {float32|bfloat16} {fused|default}
-    optim_reference.py clip
-    optim_reference.py schedules
+    optim_reference.py OUT adamw {float32|bfloat16} {fused|default}
+    optim_reference.py OUT clip
+    optim_reference.py OUT schedules
 """
 
 import json
@@ -110,4 +110,5 @@ def schedules():
 
 if __name__ == "__main__":
     functions = {"adamw": adamw, "clip": clip, "schedules": schedules}
-    json.dump(functions[sys.argv[1]](*sys.argv[2:]), sys.stdout)
+    with open(sys.argv[1], "w") as out:
+        json.dump(functions[sys.argv[2]](*sys.argv[3:]), out)
