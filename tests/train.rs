@@ -6,9 +6,7 @@ use common::{assert_close, assert_same, bits, fresh_dir, peer, python};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
-use tch_peft::{
-    AdamW, Error, NamedParameter, Optimizer, OptimizerState, RngState, Sampler, Schedule, clip_grad_norm,
-};
+use tch_peft::{AdamW, Error, NamedParameter, Optimizer, OptimizerState, RngState, Sampler, Schedule, clip_grad_norm};
 
 /// What a function of `optim_reference.py` answers.
 fn reference(args: &[&str]) -> Option<Value> {
@@ -283,8 +281,7 @@ fn the_order_of_the_data_never_changes() {
     let batches: Vec<_> = (0..6).map(|_| sampler.next_batch()).collect();
     // Agreed on by this crate's first version and a second implementation in
     // Python; runs that are under way rely on them.
-    let golden: [&[usize]; 6] =
-        [&[0, 6, 9, 1], &[5, 7, 8, 2], &[4, 3], &[3, 8, 7, 1], &[9, 0, 2, 6], &[5, 4]];
+    let golden: [&[usize]; 6] = [&[0, 6, 9, 1], &[5, 7, 8, 2], &[4, 3], &[3, 8, 7, 1], &[9, 0, 2, 6], &[5, 4]];
     assert_eq!(batches, golden);
 }
 
