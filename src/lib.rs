@@ -81,14 +81,17 @@ mod names;
 pub mod quant;
 mod train;
 
-pub use base::{Base, Fingerprint, QuantizationReport, QuantizedWeight, TorchScript, WeightPrint, WeightRole};
+pub use base::{
+    Base, Fingerprint, Progress, QuantizationReport, QuantizeOptions, QuantizedWeight, TorchScript, WeightPrint,
+    WeightRole,
+};
 pub use checkpoint::{Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport};
 pub use error::{Error, Result};
 pub use ffi::runtime::cuda_status;
 pub use format::LoadReport;
 pub use lora::{InitLoraWeights, LoraConfig, LoraConfigBuilder, TargetModules};
 pub use model::{DisabledAdapters, ForwardModule, LoraModel, NamedParameter, Summary};
-pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
+pub use quant::{Fp8Format, QuantConfig, QuantConfigBuilder, QuantRule, Scheme, Treatment};
 pub use train::{
     AdamW, AdamWBuilder, Optimizer, OptimizerState, RngState, Sampler, SamplerState, Schedule, clip_grad_norm,
 };
