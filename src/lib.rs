@@ -17,7 +17,7 @@
 //!
 //! ```no_run
 //! use tch::{Device, Kind, nn};
-//! use tch_peft::{AdamW, Base, LoraConfig, LoraModel, Parts, QuantConfig, Run, Sampler, Schedule};
+//! use tch_peft::{AdamW, Base, LoraConfig, LoraModel, Optimizer, Parts, QuantConfig, Run, Sampler, Schedule};
 //! # fn batch(rows: &[usize]) -> tch::Tensor { unimplemented!() }
 //!
 //! // Any tch model, unchanged.
@@ -45,11 +45,10 @@
 //!     sampler: &mut sampler,
 //! })?;
 //! while run.current_step() < 1000 {
-//!     let rows = sampler.next_batch();
-//!     let loss = model.forward(&batch(&rows))?.mean(Kind::Float);
+//!     let loss = model.forward(&batch(&sampler.next_batch()))?.mean(Kind::Float);
 //!     loss.f_backward()?;
-//!     tch_peft::Optimizer::step(&mut optimizer)?;
-//!     tch_peft::Optimizer::zero_grad(&mut optimizer);
+//!     optimizer.step()?;
+//!     optimizer.zero_grad()?;
 //!     run.step(&mut Parts {
 //!         model: &mut model,
 //!         optimizer: &mut optimizer,
@@ -93,3 +92,9 @@ pub use train::{
     AdamW, AdamWBuilder, Optimizer, OptimizerState, RngState, Sampler, SamplerState, Schedule, State, Stateful,
     clip_grad_norm,
 };
+
+/// Compiles the code in the texts beside the crate.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+#[derive(Debug)]
+pub struct Readme;
