@@ -68,7 +68,8 @@ impl Module for Net {
         for block in &self.h {
             let h = x.apply(&block.norm);
             let gated = h.apply(&block.q_proj).gelu("none") * h.apply(&block.v_proj);
-            x += gated.apply(&block.fc);
+            // Not in place: the norm's backward needs what x was.
+            x = &x + gated.apply(&block.fc);
         }
         x.apply(&self.head)
     }

@@ -15,6 +15,10 @@ pub struct LoadReport {
     pub missing: Vec<String>,
     /// Keys of the file that have no place in the model. Empty likewise.
     pub unexpected: Vec<String>,
+    /// Keys of copies of base weights, which PEFT adds to an adapter that
+    /// targets `lm_head` or `embed_tokens`. They are compared with the base,
+    /// where that is dense, and never loaded.
+    pub base_copies: Vec<String>,
     /// Keys of `adapter_config.json` that this version doesn't know. They are
     /// kept and written again when the adapter is saved.
     pub unknown_config_keys: Vec<String>,
@@ -26,6 +30,7 @@ impl fmt::Display for LoadReport {
         let lists = [
             ("missing", &self.missing),
             ("unexpected", &self.unexpected),
+            ("copies of base weights", &self.base_copies),
             ("unknown config keys", &self.unknown_config_keys),
         ];
         for (what, keys) in lists.into_iter().filter(|(_, keys)| !keys.is_empty()) {

@@ -17,6 +17,12 @@ pub(crate) fn keys(path: &str) -> [String; 2] {
     ["lora_A", "lora_B"].map(|half| format!("base_model.model.{path}.{half}.weight"))
 }
 
+/// The module path of a copy of a base weight, which PEFT adds to an adapter
+/// that targets `lm_head` or `embed_tokens`.
+pub(crate) fn base_copy_path(key: &str) -> Option<&str> {
+    key.strip_prefix("base_model.model.")?.strip_suffix(".base_layer.weight")
+}
+
 /// Fields that we act on.
 const UNDERSTOOD: [&str; 7] =
     ["peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights"];

@@ -44,11 +44,13 @@ impl<M> LoraModel<M> {
     fn load(base: Base<M>, folder: &Path) -> Result<Self> {
         let read = peft::read_config(folder)?;
         let path = folder.join(peft::WEIGHTS_FILE);
-        let tensors = safetensors::read(&path)?;
+        let mut tensors = safetensors::read(&path)?;
+        let base_copies = take_base_copies(&base, &mut tensors)?;
         // The values are loaded over the initial ones: any will do, and PEFT's
         // `false` alone would cost a second draw.
         let mut model = Self::attach(base, read.config, crate::lora::InitLoraWeights::Default)?;
         let mut report = model.load_tensors(&path, tensors).inspect_err(|_| model.remove_adapters())?;
+        report.base_copies = base_copies;
         report.unknown_config_keys = read.unknown;
         if !report.unknown_config_keys.is_empty() {
             let keys = report.unknown_config_keys.join(", ");
@@ -127,4 +129,36 @@ impl<M> LoraModel<M> {
             (peft::CONFIG_FILE.to_string(), peft::config_to_json(&self.config)?),
         ])
     }
+}
+
+/// Takes the copies of base weights out of an adapter's tensors, and answers
+/// their keys. A copy that isn't the base's own weight means another base.
+fn take_base_copies<M>(base: &Base<M>, tensors: &mut BTreeMap<String, Tensor>) -> Result<Vec<String>> {
+    let mut keys = Vec::new();
+    for weight in base.weights().iter() {
+        let Some(path) = weight.module_path() else { continue };
+        let own = |key: &&String| peft::base_copy_path(key) == Some(path);
+        let Some(key) = tensors.keys().find(own).cloned() else { continue };
+        let Some(copy) = tensors.remove(&key) else { continue };
+        let wrong = |found: String| Error::Mismatch {
+            name: key.clone(),
+            expected: format!("the base's {} {:?}", weight.name, weight.tensor.size()),
+            found,
+        };
+        if copy.size() != weight.tensor.size() {
+            return Err(wrong(format!("{:?}", copy.size())));
+        }
+        // What was quantised can't be compared with what it was made from.
+        let dense = match weight.site() {
+            Some(site) => site.frozen().as_dense(),
+            None => Some(weight.tensor.shallow_clone()),
+        };
+        if let Some(dense) = dense
+            && !dense.f_equal(&copy.f_to_device(dense.device())?.f_to_kind(dense.f_kind()?)?)?
+        {
+            return Err(wrong("other values: the adapter was trained on another base".into()));
+        }
+        keys.push(key);
+    }
+    Ok(keys)
 }

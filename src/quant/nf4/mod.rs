@@ -203,7 +203,11 @@ fn pack_with_operators(flat: &Tensor) -> Result<(Tensor, Tensor)> {
 impl Scales {
     /// Quantises the scales around their mean.
     fn double(absmax: &Tensor) -> Result<Self> {
-        let offset = absmax.f_mean(Kind::Float)?;
+        let mut offset = absmax.f_mean(Kind::Float)?;
+        if !f64::try_from(&offset)?.is_finite() {
+            // The sum of huge scales overflows f32, but their mean doesn't.
+            offset = absmax.f_mean(Kind::Double)?.f_to_kind(Kind::Float)?;
+        }
         let map = dynamic_map(absmax.device())?;
         let (codes, nested) = quantize_blocks(&absmax.f_sub(&offset)?, NESTED_BLOCK, &map)?;
         Ok(Scales::Double {
