@@ -24,6 +24,7 @@ fn main() {
         .cpp(true)
         .pic(true)
         .warnings(false)
+        .debug(false)
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .flag("-std=c++17")

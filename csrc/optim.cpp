@@ -1,5 +1,6 @@
 // libtorch's fused and multi-tensor operators for optimizers, which tch
 // doesn't bind.
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/_amp_foreach_non_finite_check_and_unscale.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_addcdiv.h>

@@ -38,23 +38,13 @@
 //! let mut run = Run::builder("runs/a").every(50).keep(2).build()?;
 //!
 //! // The same command starts the run and goes on with it.
-//! run.resume_or_start(&mut Parts {
-//!     model: &mut model,
-//!     optimizer: &mut optimizer,
-//!     schedule: &schedule,
-//!     sampler: &mut sampler,
-//! })?;
+//! run.resume_or_start(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler))?;
 //! while run.current_step() < 1000 {
 //!     let loss = model.forward(&batch(&sampler.next_batch()))?.mean(Kind::Float);
 //!     loss.f_backward()?;
 //!     optimizer.step()?;
 //!     optimizer.zero_grad()?;
-//!     run.step(&mut Parts {
-//!         model: &mut model,
-//!         optimizer: &mut optimizer,
-//!         schedule: &schedule,
-//!         sampler: &mut sampler,
-//!     })?;
+//!     run.step(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler))?;
 //! }
 //! model.save_pretrained("adapter")?; // loads in HF PEFT, and in other programs
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -81,7 +71,9 @@ pub mod quant;
 mod train;
 
 pub use base::{Base, Fingerprint, QuantizationReport, QuantizedWeight, TorchScript, WeightPrint, WeightRole};
-pub use checkpoint::{Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport};
+pub use checkpoint::{
+    Best, Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport,
+};
 pub use error::{Error, Result};
 pub use ffi::runtime::cuda_status;
 pub use format::LoadReport;

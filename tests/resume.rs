@@ -76,7 +76,7 @@ impl Trainer {
 
     fn start(&mut self) -> tch_peft::Result<Start> {
         let Trainer { model, optimizer, schedule, sampler, run } = self;
-        run.resume_or_start(&mut Parts { model, optimizer, schedule, sampler })
+        run.resume_or_start(&mut Parts::new(model, optimizer, schedule, sampler))
     }
 
     /// Trains up to the step; answers each loss's bits.
@@ -94,7 +94,7 @@ impl Trainer {
             self.optimizer.step().unwrap();
             self.optimizer.zero_grad().unwrap();
             let Trainer { model, optimizer, schedule, sampler, run } = self;
-            run.step(&mut Parts { model, optimizer, schedule, sampler }).unwrap();
+            run.step(&mut Parts::new(model, optimizer, schedule, sampler)).unwrap();
         }
         losses
     }
