@@ -294,7 +294,7 @@ fn a_damaged_checkpoint_is_told_and_the_one_before_it_is_used() {
     for damaged in [&flipped[..], &whole[..whole.len() - 1], &[]] {
         std::fs::write(&file, damaged).unwrap();
         let mut trainer = Trainer::new(base("nf4"), config(), run(&dir));
-        let Start::Resumed { step, path, skipped } = trainer.start().unwrap() else { panic!("started anew") };
+        let Start::Resumed { step, path, skipped, .. } = trainer.start().unwrap() else { panic!("started anew") };
         assert_eq!((step, path), (2, dir.join("checkpoint-00000002")));
         assert_eq!(skipped.len(), 1);
         assert_eq!(skipped[0].path, newest);
