@@ -90,5 +90,6 @@ pub use lora::{InitLoraWeights, LoraConfig, LoraConfigBuilder, TargetModules};
 pub use model::{DisabledAdapters, ForwardModule, LoraModel, NamedParameter, Summary};
 pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
 pub use train::{
-    AdamW, AdamWBuilder, Optimizer, OptimizerState, RngState, Sampler, SamplerState, Schedule, clip_grad_norm,
+    AdamW, AdamWBuilder, Optimizer, OptimizerState, RngState, Sampler, SamplerState, Schedule, State, Stateful,
+    clip_grad_norm,
 };

@@ -4,11 +4,11 @@ use crate::error::{Error, Result};
 use crate::ffi::adamw::{Hyper, fused_step};
 use crate::model::NamedParameter;
 use crate::train::compare::same_config;
+use crate::train::state::{copies, same_kind, same_names, same_shapes};
 use crate::train::{Optimizer, OptimizerState};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
 use tch::{COptimizer, Device, Kind, Tensor};
 
 /// The name under which states are saved.
@@ -264,37 +264,20 @@ impl Optimizer for AdamW {
     }
 
     fn check_state(&self, state: &OptimizerState) -> Result<()> {
-        same_config("optimizer", &json!({"kind": state.kind}), &json!({"kind": KIND}))?;
-        let expected: BTreeMap<_, _> = self.slots.iter().flat_map(Slot::tensors).collect();
-        let missing: Vec<_> = expected.keys().filter(|name| !state.tensors.contains_key(*name)).cloned().collect();
-        let unexpected: Vec<_> = state.tensors.keys().filter(|name| !expected.contains_key(*name)).cloned().collect();
-        if !(missing.is_empty() && unexpected.is_empty()) {
-            return Err(Error::Keys { path: PathBuf::from("optimizer state"), missing, unexpected });
-        }
+        same_kind("optimizer", &state.kind, KIND)?;
+        let expected = self.slots.iter().flat_map(Slot::tensors).collect();
+        same_names("optimizer", &expected, &state.tensors)?;
         same_config("optimizer", &state.hyperparameters, &self.hyperparameters())?;
-        for (name, tensor) in expected {
-            let describe = |t: &Tensor| Ok::<_, Error>(format!("{:?} {:?}", t.f_kind()?, t.size()));
-            let (expected, found) = (describe(tensor)?, describe(&state.tensors[&name])?);
-            if expected != found {
-                return Err(Error::Mismatch { name, expected, found });
-            }
-        }
-        Ok(())
+        same_shapes(&expected, &state.tensors)
     }
 
     fn import_state(&mut self, state: OptimizerState) -> Result<()> {
         self.check_state(&state)?;
-        // Copies first, so that a device out of memory leaves all as it was.
-        let mut copies = Vec::with_capacity(3 * self.slots.len());
-        for (name, tensor) in self.slots.iter().flat_map(Slot::tensors) {
-            let mut copy = tensor.f_empty_like()?;
-            copy.f_copy_(&state.tensors[&name])?;
-            copies.push(copy);
-        }
-        let mut copies = copies.into_iter();
+        let mut copies = copies(&self.slots.iter().flat_map(Slot::tensors).collect(), &state.tensors)?;
         for slot in &mut self.slots {
-            for tensor in [&mut slot.exp_avg, &mut slot.exp_avg_sq, &mut slot.step] {
-                if let Some(copy) = copies.next() {
+            let names = slot.tensors().map(|(name, _)| name);
+            for (tensor, name) in [&mut slot.exp_avg, &mut slot.exp_avg_sq, &mut slot.step].into_iter().zip(names) {
+                if let Some(copy) = copies.remove(&name) {
                     *tensor = copy;
                 }
             }

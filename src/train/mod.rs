@@ -3,7 +3,7 @@
 //! Everything here that changes from step to step can be exported and brought
 //! back exactly: the optimizer's moments by parameter name ([`OptimizerState`]),
 //! the position in the data ([`SamplerState`]), the random generators
-//! ([`RngState`]). The learning rate needs no state: [`Schedule::factor`] is a
+//! ([`RngState`]), anything else as a [`Stateful`]. The learning rate needs no state: [`Schedule::factor`] is a
 //! pure function of the step.
 
 mod adamw;
@@ -12,6 +12,7 @@ pub(crate) mod compare;
 mod rng;
 mod sampler;
 mod schedule;
+mod state;
 
 pub use adamw::{AdamW, AdamWBuilder};
 pub use clip::clip_grad_norm;
@@ -19,6 +20,7 @@ pub use rng::RngState;
 pub(crate) use rng::device_name;
 pub use sampler::{Sampler, SamplerState};
 pub use schedule::Schedule;
+pub use state::{State, Stateful};
 
 use crate::error::Result;
 use serde_json::Value;
