@@ -1,24 +1,35 @@
 //! What an adapted weight carries: the frozen weight and the adapter on it.
 
 use crate::error::Result;
-use crate::ffi::hook::WeightSite;
+use crate::ffi::hook::{Operator, WeightSite};
 use crate::quant::PackedWeight;
-use crate::quant::linear::frozen_linear;
+use crate::quant::frozen::frozen;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use tch::{Kind, Tensor};
 
-/// An adapter on one linear weight. Implemented a floor above.
+/// An adapter on one weight. Implemented a floor above.
 pub(crate) trait Adapter: fmt::Debug + Send + Sync {
     /// Whether it takes part in the forward pass now.
     fn active(&self) -> bool;
 
-    /// The adapted linear, in one node.
-    fn linear(&self, frozen: &Arc<dyn PackedWeight>, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor>;
+    /// What it adds to the base's result; `None` for an operator that it has
+    /// no part in, as a tied weight meets them.
+    fn addition(&self, weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Option<Tensor>>;
 
-    /// What it adds to the weight, (out, in) in `kind`, differentiable.
-    fn delta(&self, kind: Kind) -> Result<Tensor>;
+    /// The adapted operator: the base's result and the addition, summed in the
+    /// wider dtype and rounded once to the base's.
+    fn apply(&self, weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
+        let base = frozen(weight, operator)?;
+        match self.addition(weight, operator)? {
+            Some(addition) => Ok(base.f_add(&addition)?.f_to_kind(base.f_kind()?)?),
+            None => Ok(base),
+        }
+    }
+
+    /// What it adds to the weight: of the weight's sizes, in `kind`, differentiable.
+    fn delta(&self, weight: &Arc<dyn PackedWeight>, kind: Kind) -> Result<Tensor>;
 }
 
 /// The content of an adapted weight.
@@ -74,11 +85,11 @@ impl fmt::Debug for Site {
 }
 
 impl WeightSite for Site {
-    fn linear(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let State { frozen, adapter } = self.state();
+    fn apply(&self, operator: &Operator) -> Result<Tensor> {
+        let State { frozen: weight, adapter } = self.state();
         match adapter.filter(|adapter| adapter.active()) {
-            Some(adapter) => adapter.linear(&frozen, x, bias),
-            None => frozen_linear(&frozen, x, bias),
+            Some(adapter) => adapter.apply(&weight, operator),
+            None => frozen(&weight, operator),
         }
     }
 
@@ -93,7 +104,7 @@ impl WeightSite for Site {
             None => frozen.dequantize(frozen.kind())?,
         };
         match adapter.filter(|adapter| adapter.active()) {
-            Some(adapter) => Ok(dense.f_add(&adapter.delta(frozen.kind())?)?),
+            Some(adapter) => Ok(dense.f_add(&adapter.delta(&frozen, frozen.kind())?)?),
             // A copy of its own, so that no operator reaches the frozen bytes.
             None if frozen.scheme().is_none() => {
                 let mut copy = dense.f_empty_like()?;

@@ -1,11 +1,15 @@
 //! Floor 3: LoRA itself: configuration, target matching, initialisation, and
-//! the adapted linear.
+//! the kinds of adapters.
 
 mod config;
+mod conv;
+mod embedding;
+mod factors;
 mod init;
+mod layer;
 mod linear;
 mod target;
 
 pub use config::{InitLoraWeights, LoraConfig, LoraConfigBuilder, TargetModules};
-pub(crate) use linear::{LoraLinear, Switches};
+pub(crate) use layer::{LayerForm, LayerSpec, LoraLayer, Switches};
 pub(crate) use target::resolve;

@@ -7,10 +7,10 @@ mod summary;
 pub use forward::ForwardModule;
 pub use summary::Summary;
 
-use crate::base::{Base, Site};
+use crate::base::{Base, Site, WeightRole};
 use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft};
-use crate::lora::{self, InitLoraWeights, LoraConfig, LoraLinear, Switches, TargetModules};
+use crate::lora::{self, InitLoraWeights, LayerForm, LayerSpec, LoraConfig, LoraLayer, Switches, TargetModules};
 use crate::quant::QuantConfig;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -59,14 +59,13 @@ pub struct LoraModel<M> {
 pub(crate) struct Layer {
     path: String,
     site: Arc<Site>,
-    lora: Arc<LoraLinear>,
+    lora: Arc<dyn LoraLayer>,
 }
 
 impl Layer {
-    /// A and B with their keys.
-    fn tensors(&self) -> [(String, Tensor); 2] {
-        let [a, b] = peft::keys(&self.path);
-        [(a, self.lora.a()), (b, self.lora.b())]
+    /// The adapter's tensors with their keys.
+    fn tensors(&self) -> impl Iterator<Item = (String, Tensor)> + '_ {
+        self.lora.tensors().into_iter().map(|(end, tensor)| (peft::key(&self.path, end), tensor))
     }
 }
 
@@ -88,10 +87,14 @@ impl<M> LoraModel<M> {
     /// Builds every adapter first and attaches them last, so that a failure
     /// leaves the base as it was.
     fn attach(base: Base<M>, mut config: LoraConfig, init: InitLoraWeights) -> Result<Self> {
-        let linears: Vec<_> = base.weights().linears().collect();
-        let paths: Vec<&str> = linears.iter().map(|(path, _)| *path).collect();
+        // `all-linear` means linear layers; a name may mean any kind.
+        let candidates: Vec<_> = match config.target_modules {
+            TargetModules::AllLinear => base.weights().linears().collect(),
+            _ => base.weights().layers().collect(),
+        };
+        let paths: Vec<&str> = candidates.iter().map(|(path, _)| *path).collect();
         let targets = lora::resolve(&config.target_modules, &paths)?;
-        let chosen: Vec<_> = linears.iter().filter(|(path, _)| targets.iter().any(|t| t == path)).collect();
+        let chosen: Vec<_> = candidates.iter().filter(|(path, _)| targets.iter().any(|t| t == path)).collect();
         for (_, weight) in &chosen {
             if weight.site().is_some_and(|site| site.adapter().is_some()) {
                 return Err(Error::AlreadyAdapted { name: weight.name.clone() });
@@ -105,8 +108,8 @@ impl<M> LoraModel<M> {
                 let found = format!("{path} and {}, which share one weight", first.path);
                 return Err(Error::config("target_modules", "one name of a tied weight", found));
             }
-            let lora = LoraLinear::new(&config, site.frozen().as_ref(), init, Arc::clone(&switches))?;
-            layers.push(Layer { path: path.to_string(), site, lora: Arc::new(lora) });
+            let lora = layer_spec(&config, init, weight.role).build(&site.frozen(), &switches)?;
+            layers.push(Layer { path: path.to_string(), site, lora });
         }
         base.weights().freeze()?;
         for layer in &layers {
@@ -193,6 +196,17 @@ impl<M> LoraModel<M> {
         let base: u64 = self.base.weights().iter().map(|w| w.tensor.numel() as u64).sum();
         Summary { trainable, total: base + adapters }
     }
+}
+
+/// What the adapter of a weight with this role is made from.
+fn layer_spec(config: &LoraConfig, init: InitLoraWeights, role: WeightRole) -> LayerSpec {
+    let form = match role {
+        WeightRole::Embedding => LayerForm::Embedding,
+        WeightRole::Conv => LayerForm::Conv { groups: 1 },
+        WeightRole::Linear | WeightRole::Other => LayerForm::Linear { fan_in_fan_out: false },
+    };
+    let (r, scaling, dropout) = (config.r, config.scaling(), config.lora_dropout);
+    LayerSpec { form, r, scaling, dropout, lora_bias: false, init, kind: None }
 }
 
 /// Adapters stay off while this lives; see [`LoraModel::disable_adapters`].
