@@ -78,10 +78,13 @@ pub use error::{Error, Result};
 pub use ffi::runtime::cuda_status;
 pub use format::LoadReport;
 pub use lora::{
-    Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
-    TokenIndices,
+    Bias, Combination, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, MajoritySign, Merge,
+    OneOrMany, TargetModules, TokenIndices,
 };
-pub use model::{DisabledAdapters, ForwardModule, LoraModel, NamedParameter, Summary};
+pub use model::{
+    BASE_ROW, DisabledAdapters, ForwardModule, LayerStatus, LoraModel, MergeOptions, MergeReport, MergedLayer, MixedBatch,
+    ModelStatus, NamedParameter, Summary,
+};
 pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
 pub use train::{
     Adafactor, AdafactorRule, AdamW, AdamW8bit, AdamW8bitRule, AdamWBuilder, AdamWRule, GroupedOptimizer, Lion,

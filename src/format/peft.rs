@@ -13,9 +13,10 @@ pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// Name of the configuration's file.
 pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
 
-/// The keys of A and B of the module at `path`.
-pub(crate) fn keys(path: &str) -> [String; 2] {
-    ["lora_A", "lora_B"].map(|half| format!("base_model.model.{path}.{half}.weight"))
+/// The key of an adapter's tensor of the module at `path`, such as
+/// `base_model.model.h.0.q_proj.lora_A.weight`.
+pub(crate) fn key(path: &str, end: &str) -> String {
+    format!("base_model.model.{path}.{end}")
 }
 
 /// The module path of a copy of a base weight, which PEFT adds to an adapter
@@ -202,6 +203,7 @@ pub(crate) fn config_from_json(path: &Path, bytes: &[u8]) -> Result<ReadConfig> 
         target_parameters: reader.read("target_parameters", NAMES)?,
         ensure_weight_tying: flag("ensure_weight_tying")?,
         layer_replication: reader.read("layer_replication", "a list of [start, end]")?,
+        dtype: None,
         other,
     };
     Ok(ReadConfig { config: config.validate()?, unknown })

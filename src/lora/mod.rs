@@ -1,9 +1,15 @@
-//! Floor 3: LoRA itself: configuration, target matching, initialisation, and
-//! the adapted linear.
+//! Floor 3: LoRA itself: configuration, target matching, initialisation, the
+//! kinds of adapters, and combining them.
 
+mod combine;
 mod config;
+mod conv;
+mod embedding;
+mod factors;
 mod init;
+mod layer;
 mod linear;
+mod replace;
 mod target;
 
 pub(crate) use config::FOREIGN;
@@ -11,5 +17,8 @@ pub use config::{
     Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
     TokenIndices,
 };
-pub(crate) use linear::{LoraLinear, Switches};
+pub use combine::{Combination, MajoritySign, Merge};
+pub(crate) use combine::{Part, combine, rank};
+pub(crate) use layer::{LayerForm, LayerSpec, LoraLayer, Switches};
+pub(crate) use replace::Replacement;
 pub(crate) use target::resolve;

@@ -4,11 +4,10 @@
 //! The node keeps it packed and unpacks it again, tile by tile; plain autograd
 //! would keep every dequantised weight alive until the backward pass.
 
-use super::{PackedWeight, tiles};
+use super::{LinearMap, PackedWeight, tiles};
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
 use crate::ffi::runtime::autocast_kind;
-use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 /// x · Wᵀ (+ bias): x (n, in), result (n, out), in the dtype of x.
@@ -62,9 +61,9 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
-    /// Checks that x (…, in) fits the weight.
-    pub(crate) fn new(weight: &dyn PackedWeight, x: &Tensor) -> Result<Self> {
-        let (shape, inn) = (x.size(), weight.shape()[1]);
+    /// Checks that x has `inn` features.
+    pub(crate) fn new(inn: i64, x: &Tensor) -> Result<Self> {
+        let shape = x.size();
         if shape.last() != Some(&inn) {
             return Err(Error::Mismatch {
                 name: "input of an adapted linear".into(),
@@ -93,16 +92,16 @@ pub(crate) fn gradient_rows(grad: &Tensor, out: i64) -> Result<Tensor> {
 }
 
 /// `linear` with a frozen weight: gradients reach x and the bias.
-pub(crate) fn frozen_linear(weight: &Arc<dyn PackedWeight>, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let rows = Rows::new(weight.as_ref(), x)?;
+pub(crate) fn frozen_linear(map: &LinearMap, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let rows = Rows::new(map.inn(), x)?;
     let y = {
         let _no_grad = tch::no_grad_guard();
-        rows.reshape(&product(weight.as_ref(), &rows.matrix, bias)?)?
+        rows.reshape(&map.apply(&rows.matrix, bias)?)?
     };
     let inputs: Vec<&Tensor> = std::iter::once(x).chain(bias).collect();
     if autograd::needs_grad(&inputs) {
         let bias_kind = bias.map(|b| b.f_kind()).transpose()?;
-        let node = FrozenLinear { weight: Arc::clone(weight), x: Like::new(x)?, bias_kind };
+        let node = FrozenLinear { map: map.clone(), x: Like::new(x)?, bias_kind };
         autograd::record(&inputs, &[], &y, Box::new(node))?;
     }
     Ok(y)
@@ -120,6 +119,10 @@ impl Like {
         Ok(Like { shape: tensor.size(), kind: tensor.f_kind()? })
     }
 
+    pub(crate) fn shape(&self) -> &[i64] {
+        &self.shape
+    }
+
     /// The gradient in that shape and dtype.
     pub(crate) fn shaped(&self, grad: &Tensor) -> Result<Tensor> {
         Ok(grad.f_view(self.shape.as_slice())?.f_to_kind(self.kind)?)
@@ -132,17 +135,17 @@ pub(crate) fn bias_gradient(grad: &Tensor, kind: Kind) -> Result<Tensor> {
 }
 
 struct FrozenLinear {
-    weight: Arc<dyn PackedWeight>,
+    map: LinearMap,
     x: Like,
     bias_kind: Option<Kind>,
 }
 
 impl Backward for FrozenLinear {
     fn backward(&self, grad: &Tensor, _: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let grad = gradient_rows(grad, self.weight.shape()[0])?;
+        let grad = gradient_rows(grad, self.map.out())?;
         let mut grads = Vec::with_capacity(needed.len());
         let dx = if needed.first() == Some(&true) {
-            Some(self.x.shaped(&product_transposed(self.weight.as_ref(), &grad)?)?)
+            Some(self.x.shaped(&self.map.adjoint(&grad)?)?)
         } else {
             None
         };

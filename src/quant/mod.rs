@@ -7,13 +7,16 @@
 mod config;
 mod dense;
 mod dynamic_map;
+pub(crate) mod frozen;
 mod int8;
 pub(crate) mod linear;
+mod map;
 mod nf4;
 mod tiles;
 
 pub use config::{QuantConfig, QuantConfigBuilder, Scheme};
 pub(crate) use dense::Dense;
+pub(crate) use map::LinearMap;
 
 use crate::error::{Error, Result};
 use std::fmt::Debug;

@@ -204,7 +204,7 @@ impl Scales {
     fn double(absmax: &Tensor) -> Result<Self> {
         let mut offset = absmax.f_mean(Kind::Float)?;
         if !f64::try_from(&offset)?.is_finite() {
-            // The sum of huge scales overflows f32, but their mean doesn't.
+            // The sum overflowed; the mean of finite scales doesn't.
             offset = absmax.f_mean(Kind::Double)?.f_to_kind(Kind::Float)?;
         }
         let map = dynamic_map(absmax.device())?;
