@@ -5,6 +5,7 @@
 // `linear` to Rust; a boxed fallback serves every other operator with the
 // dense effective value, and refuses operators that would write.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include "tch_peft.h"

@@ -2,7 +2,7 @@
 // policy. Every function that can fail returns NULL or a message that the
 // caller frees with tp_free_message; nothing throws across this border.
 #pragma once
-#include <torch/torch.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <cstdlib>

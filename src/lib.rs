@@ -17,7 +17,7 @@
 //!
 //! ```no_run
 //! use tch::{Device, Kind, nn};
-//! use tch_peft::{AdamW, Base, LoraConfig, LoraModel, Parts, QuantConfig, Run, Sampler, Schedule};
+//! use tch_peft::{AdamW, Base, LoraConfig, LoraModel, Optimizer, Parts, QuantConfig, Run, Sampler, Schedule};
 //! # fn batch(rows: &[usize]) -> tch::Tensor { unimplemented!() }
 //!
 //! // Any tch model, unchanged.
@@ -40,11 +40,10 @@
 //! // The same command starts the run and goes on with it.
 //! run.resume_or_start(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler))?;
 //! while run.current_step() < 1000 {
-//!     let rows = sampler.next_batch();
-//!     let loss = model.forward(&batch(&rows))?.mean(Kind::Float);
+//!     let loss = model.forward(&batch(&sampler.next_batch()))?.mean(Kind::Float);
 //!     loss.f_backward()?;
-//!     tch_peft::Optimizer::step(&mut optimizer)?;
-//!     tch_peft::Optimizer::zero_grad(&mut optimizer);
+//!     optimizer.step()?;
+//!     optimizer.zero_grad()?;
 //!     run.step(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler))?;
 //! }
 //! model.save_pretrained("adapter")?; // loads in HF PEFT, and in other programs
@@ -78,10 +77,19 @@ pub use checkpoint::{
 pub use error::{Error, Result};
 pub use ffi::runtime::cuda_status;
 pub use format::LoadReport;
-pub use lora::{InitLoraWeights, LoraConfig, LoraConfigBuilder, TargetModules};
+pub use lora::{
+    Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
+    TokenIndices,
+};
 pub use model::{DisabledAdapters, ForwardModule, LoraModel, NamedParameter, Summary};
 pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
 pub use train::{
     AdamW, AdamWBuilder, Optimizer, OptimizerState, RngState, Sampler, SamplerState, Schedule, State, Stateful,
     clip_grad_norm,
 };
+
+/// Compiles the code in the texts beside the crate.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+#[derive(Debug)]
+pub struct Readme;

@@ -66,7 +66,8 @@ impl<M> Base<M> {
     ///
     /// `tch::nn` keeps no types: a two-dimensional `….weight` counts as
     /// linear, unless a segment of its path says embedding (`embed…`, `emb`,
-    /// `wte`, `wpe`). `entry` is a module's path or its last segments.
+    /// `wte`, `wpe`), and one of three to five dimensions as a convolution's.
+    /// `entry` is a module's path or its last segments.
     #[must_use]
     pub fn declare(mut self, entry: &str, role: WeightRole) -> Self {
         for weight in self.weights.iter_mut() {

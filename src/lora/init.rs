@@ -1,7 +1,7 @@
 //! How A and B start.
 
 use super::InitLoraWeights;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 /// New A (r, in) and B (out, r), drawn from the device's default generator.
@@ -22,6 +22,8 @@ pub(super) fn initial(
             drop(a.f_uniform_(-bound(inn), bound(inn))?);
             drop(b.f_uniform_(-bound(r), bound(r))?);
         }
+        // Refused by name before it comes to this.
+        other => return Err(Error::Unsupported { fields: vec![format!("init_lora_weights = {other:?}")] }),
     }
     Ok((a, b))
 }

@@ -3,7 +3,7 @@
 //! Saved for the backward pass: x, u = drop(x)·Aᵀ, A, B and, with dropout, the
 //! mask as one byte per element. W stays packed.
 
-use super::{InitLoraWeights, LoraConfig};
+use super::{InitLoraWeights, LayerSettings, LoraConfig};
 use crate::base::Adapter;
 use crate::error::Result;
 use crate::ffi::autograd::{self, Backward};
@@ -47,6 +47,7 @@ impl LoraLinear {
     /// also on a weight of bf16 or f16.
     pub(crate) fn new(
         config: &LoraConfig,
+        settings: LayerSettings,
         weight: &dyn PackedWeight,
         init: InitLoraWeights,
         switches: Arc<Switches>,
@@ -55,11 +56,11 @@ impl LoraLinear {
             Kind::Double => Kind::Double,
             _ => Kind::Float,
         };
-        let (a, b) = super::init::initial(init, weight.shape(), config.r, (kind, weight.device()))?;
+        let (a, b) = super::init::initial(init, weight.shape(), settings.r, (kind, weight.device()))?;
         for tensor in [&a, &b] {
             let _ = tensor.f_set_requires_grad(true)?;
         }
-        let (scaling, dropout) = (config.scaling(), config.lora_dropout);
+        let (scaling, dropout) = (settings.scaling, config.lora_dropout);
         Ok(LoraLinear { a: SharedTensor::new(a), b: SharedTensor::new(b), kind, scaling, dropout, switches })
     }
 

@@ -6,6 +6,10 @@ mod init;
 mod linear;
 mod target;
 
-pub use config::{InitLoraWeights, LoraConfig, LoraConfigBuilder, TargetModules};
+pub(crate) use config::FOREIGN;
+pub use config::{
+    Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
+    TokenIndices,
+};
 pub(crate) use linear::{LoraLinear, Switches};
 pub(crate) use target::resolve;

@@ -88,9 +88,10 @@ impl<M> LoraModel<M> {
     /// Builds every adapter first and attaches them last, so that a failure
     /// leaves the base as it was.
     fn attach(base: Base<M>, mut config: LoraConfig, init: InitLoraWeights) -> Result<Self> {
+        config.check_supported()?;
         let linears: Vec<_> = base.weights().linears().collect();
         let paths: Vec<&str> = linears.iter().map(|(path, _)| *path).collect();
-        let targets = lora::resolve(&config.target_modules, &paths)?;
+        let targets = lora::resolve(&config, &paths)?;
         let chosen: Vec<_> = linears.iter().filter(|(path, _)| targets.iter().any(|t| t == path)).collect();
         for (_, weight) in &chosen {
             if weight.site().is_some_and(|site| site.adapter().is_some()) {
@@ -98,14 +99,15 @@ impl<M> LoraModel<M> {
             }
         }
         let switches = Arc::new(Switches::default());
+        let settings = config.layer_settings(chosen.iter().map(|(path, _)| *path));
         let mut layers: Vec<Layer> = Vec::with_capacity(chosen.len());
-        for (path, weight) in &chosen {
+        for ((path, weight), settings) in chosen.iter().zip(settings) {
             let site = weight.site_or_attach()?;
             if let Some(first) = layers.iter().find(|layer| Arc::ptr_eq(&layer.site, &site)) {
                 let found = format!("{path} and {}, which share one weight", first.path);
                 return Err(Error::config("target_modules", "one name of a tied weight", found));
             }
-            let lora = LoraLinear::new(&config, site.frozen().as_ref(), init, Arc::clone(&switches))?;
+            let lora = LoraLinear::new(&config, settings, site.frozen().as_ref(), init, Arc::clone(&switches))?;
             layers.push(Layer { path: path.to_string(), site, lora: Arc::new(lora) });
         }
         base.weights().freeze()?;
@@ -113,8 +115,9 @@ impl<M> LoraModel<M> {
             layer.site.set_adapter(Some(Arc::clone(&layer.lora) as _));
         }
         // PEFT writes what `all-linear` meant, as a list of paths.
-        if config.target_modules == TargetModules::AllLinear {
-            config.target_modules = TargetModules::List(targets);
+        config.settle(&targets);
+        if config.target_modules == Some(TargetModules::AllLinear) {
+            config.target_modules = Some(TargetModules::List(targets));
         }
         Ok(LoraModel { base, config, layers, switches, report: None })
     }
