@@ -84,8 +84,9 @@ pub use lora::{
 pub use model::{DisabledAdapters, ForwardModule, LoraModel, NamedParameter, Summary};
 pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
 pub use train::{
-    AdamW, AdamWBuilder, Optimizer, OptimizerState, RngState, Sampler, SamplerState, Schedule, State, Stateful,
-    clip_grad_norm,
+    Adafactor, AdafactorRule, AdamW, AdamW8bit, AdamW8bitRule, AdamWBuilder, AdamWRule, GroupedOptimizer, Lion,
+    LionRule, Optimizer, OptimizerBuilder, OptimizerState, ParameterGroup, RngState, Sampler, SamplerState, Schedule,
+    Sgd, SgdRule, State, Stateful, Update, UpdateRule, clip_grad_norm,
 };
 
 /// Compiles the code in the texts beside the crate.
