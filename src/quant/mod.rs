@@ -8,6 +8,7 @@ mod config;
 mod dense;
 mod dynamic_map;
 mod int8;
+mod kernels;
 pub(crate) mod linear;
 mod nf4;
 mod tiles;
