@@ -1,6 +1,7 @@
 // What the kernels take from libtorch: its threads, and oneDNN's product.
 #include <ATen/TensorIterator.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <stdexcept>

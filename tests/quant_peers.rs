@@ -35,7 +35,7 @@ fn compare(scheme: Scheme) {
             reference.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(&prefix)?, tensor))).collect();
         let packed = quantize(case, weight, scheme).unwrap_or_else(|e| panic!("{case}: {e}"));
         assert_eq!(packed.scheme(), Some(scheme));
-        assert_eq!(packed.shape().as_slice(), weight.size(), "{case}");
+        assert_eq!(packed.sizes(), weight.size(), "{case}");
         assert_eq!(packed.kind(), weight.kind(), "{case}");
 
         let found: BTreeMap<String, Tensor> = packed.tensors().unwrap().into_iter().collect();
@@ -105,7 +105,7 @@ fn what_cannot_be_packed_is_refused() {
         }
         for weight in [
             Tensor::ones([64], options),
-            Tensor::ones([2, 3, 4], options),
+            Tensor::ones([1, 2, 3, 2, 3, 2], options),
             Tensor::ones([0, 64], options),
             Tensor::ones([4, 64], (Kind::Int64, Device::Cpu)),
             Tensor::ones([4, 64], (Kind::Double, Device::Cpu)),
@@ -129,6 +129,49 @@ fn finite_weights_never_become_nan() {
                 }
                 Err(error) => assert!(matches!(error, Error::NotFinite { .. }), "{error}"),
             }
+        }
+    }
+}
+
+/// A convolution's weight is packed as the matrix (out, in · kernel) is, and has its own sizes back.
+#[test]
+fn convolutions_are_packed_as_matrices() {
+    let _rng = common::rng();
+    for sizes in [vec![6, 4, 3], vec![6, 4, 3, 5], vec![4, 3, 2, 3, 2]] {
+        let weight = Tensor::randn(&sizes, (Kind::Float, Device::Cpu));
+        for scheme in SCHEMES {
+            let packed = quantize("conv.weight", &weight, scheme).unwrap();
+            let matrix = quantize("conv.weight", &weight.flatten(1, -1), scheme).unwrap();
+            assert_eq!(packed.sizes(), sizes);
+            assert_eq!(packed.shape(), [sizes[0], sizes[1..].iter().product()]);
+            let values = packed.dequantize(Kind::Float).unwrap();
+            assert_same(
+                &format!("{scheme} {sizes:?}"),
+                &values.flatten(1, -1),
+                &matrix.dequantize(Kind::Float).unwrap(),
+            );
+            assert_eq!(values.size(), sizes);
+        }
+    }
+}
+
+/// Rows by index, as an embedding asks for them: in any order, more than once.
+#[test]
+fn indexed_rows_are_those_of_the_whole() {
+    let _rng = common::rng();
+    let weight = Tensor::randn([50, 33], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+    let index = Tensor::from_slice(&[7i64, 0, 49, 7, 3, 4, 5]);
+    for scheme in SCHEMES {
+        let packed = quantize("wte.weight", &weight, scheme).unwrap();
+        for kind in [Kind::BFloat16, Kind::Float] {
+            let mut out = Tensor::zeros([7, 33], (kind, Device::Cpu));
+            packed.unpack_index(&index, &mut out).unwrap();
+            assert_same(&format!("{scheme}"), &out, &packed.dequantize(kind).unwrap().index_select(0, &index));
+        }
+        for bad in [-1i64, 50] {
+            let mut out = Tensor::zeros([1, 33], (Kind::Float, Device::Cpu));
+            let error = packed.unpack_index(&Tensor::from_slice(&[bad]), &mut out).unwrap_err();
+            assert!(matches!(error, Error::Mismatch { .. }), "{error}");
         }
     }
 }

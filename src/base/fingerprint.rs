@@ -78,7 +78,7 @@ fn print_of(weight: &Weight) -> Result<WeightPrint> {
             for (name, tensor) in packed.tensors()? {
                 hasher.update(name.as_bytes()).update_rayon(&tensor_bytes(&tensor)?);
             }
-            (packed.shape().to_vec(), packed.kind(), packed.scheme())
+            (packed.sizes().to_vec(), packed.kind(), packed.scheme())
         }
         other => {
             let dense = other.as_ref().and_then(|dense| dense.as_dense());

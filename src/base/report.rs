@@ -8,8 +8,8 @@ use std::fmt;
 pub struct QuantizedWeight {
     /// Name of the weight.
     pub name: String,
-    /// (out features, in features).
-    pub shape: [i64; 2],
+    /// Its dense shape.
+    pub shape: Vec<i64>,
     /// How it was packed.
     pub scheme: Scheme,
     /// Bytes of the dense weight.
@@ -27,6 +27,10 @@ pub struct QuantizationReport {
 impl QuantizationReport {
     pub(super) fn push(&mut self, weight: QuantizedWeight) {
         self.weights.push(weight);
+    }
+
+    pub(super) fn retain(&mut self, still: impl Fn(&str) -> bool) {
+        self.weights.retain(|weight| still(&weight.name));
     }
 
     /// The weights, in the order of their names.
@@ -50,7 +54,7 @@ impl fmt::Display for QuantizationReport {
         let width = self.weights.iter().map(|w| w.name.len()).max().unwrap_or(0).max(6);
         writeln!(f, "{:width$}  {:>14}  {:7}  {:>12}  {:>12}", "weight", "shape", "scheme", "bytes before", "after")?;
         for w in &self.weights {
-            let shape = format!("{} x {}", w.shape[0], w.shape[1]);
+            let shape = w.shape.iter().map(i64::to_string).collect::<Vec<_>>().join(" x ");
             let scheme = w.scheme.to_string();
             writeln!(f, "{:width$}  {shape:>14}  {scheme:7}  {:>12}  {:>12}", w.name, w.bytes_before, w.bytes_after)?;
         }

@@ -29,8 +29,8 @@ impl TorchScript {
         Ok(TorchScript { module })
     }
 
-    /// The parameters and buffers; the classes of the modules tell which
-    /// matrices are linear weights.
+    /// The parameters and buffers; the classes of the modules tell what each
+    /// weight is for.
     pub(super) fn weights(&self, path: &Path) -> Result<Weights> {
         let parameters = self.module.named_parameters()?;
         if parameters.is_empty() {
@@ -38,10 +38,8 @@ impl TorchScript {
         }
         let classes: HashMap<String, String> = runtime::module_types(&self.module)?.into_iter().collect();
         let buffers = runtime::module_buffers(&self.module)?;
-        Ok(Weights::new(parameters.into_iter().chain(buffers), |path| match classes.get(path).map(String::as_str) {
-            Some(class) if class.ends_with("Linear") => WeightRole::Linear,
-            Some(class) if class.ends_with("Embedding") => WeightRole::Embedding,
-            _ => WeightRole::Other,
+        Ok(Weights::new(parameters.into_iter().chain(buffers), |path, dims| {
+            role_by_class(classes.get(path).map_or("", String::as_str), dims)
         }))
     }
 
@@ -75,5 +73,16 @@ impl TorchScript {
     /// children. A traced module keeps the mode it was traced in.
     pub(crate) fn set_training(&mut self, on: bool) -> Result<()> {
         runtime::set_training(&mut self.module, on)
+    }
+}
+
+/// A transposed convolution has its output channels in the second dimension,
+/// and a `Conv1D` of GPT-2 is a matrix; neither is a convolution's weight.
+fn role_by_class(class: &str, dims: usize) -> WeightRole {
+    match dims {
+        2 if class.ends_with("Linear") => WeightRole::Linear,
+        2 if class.ends_with("Embedding") => WeightRole::Embedding,
+        3..=5 if class.contains("Conv") && !class.contains("Transpose") => WeightRole::Conv,
+        _ => WeightRole::Other,
     }
 }

@@ -14,9 +14,12 @@ use tch::{Kind, Tensor, nn};
 pub enum WeightRole {
     /// The (out, in) weight of a linear layer: it can be quantised and adapted.
     Linear,
-    /// A table of which rows are looked up. Left as it is.
+    /// A table (rows, dim) of which rows are looked up.
     Embedding,
-    /// Everything else: biases, norms, convolutions, buffers. Left as it is.
+    /// The (out, in / groups, kernel…) weight of a convolution over one to
+    /// three dimensions.
+    Conv,
+    /// Everything else: biases, norms, buffers. Left as it is.
     Other,
 }
 
@@ -32,11 +35,6 @@ impl Weight {
     /// The path of the module that it belongs to, if it is a `….weight`.
     pub(crate) fn module_path(&self) -> Option<&str> {
         names::module_path(&self.name)
-    }
-
-    /// The module's path, if the weight is a linear one.
-    pub(crate) fn linear_path(&self) -> Option<&str> {
-        self.module_path().filter(|_| self.role == WeightRole::Linear)
     }
 
     /// The site that the tensor carries, if it is quantised or adapted.
@@ -62,14 +60,18 @@ impl Weight {
 pub(crate) struct Weights(Vec<Weight>);
 
 impl Weights {
-    /// `role` answers for two-dimensional float tensors called `….weight`.
-    pub(crate) fn new(tensors: impl IntoIterator<Item = (String, Tensor)>, role: impl Fn(&str) -> WeightRole) -> Self {
+    /// `role` answers for float tensors called `….weight` of two to five
+    /// dimensions, from the module's path and the number of dimensions.
+    pub(crate) fn new(
+        tensors: impl IntoIterator<Item = (String, Tensor)>,
+        role: impl Fn(&str, usize) -> WeightRole,
+    ) -> Self {
         let mut weights: Vec<Weight> = tensors
             .into_iter()
             .map(|(name, tensor)| {
-                let matrix = tensor.dim() == 2 && tensor.is_floating_point();
+                let dims = tensor.dim();
                 let role = match names::module_path(&name) {
-                    Some(path) if matrix => role(path),
+                    Some(path) if (2..=5).contains(&dims) && tensor.is_floating_point() => role(path, dims),
                     _ => WeightRole::Other,
                 };
                 Weight { name, tensor, role }
@@ -93,7 +95,13 @@ impl Weights {
 
     /// The linear weights with their modules' paths.
     pub(crate) fn linears(&self) -> impl Iterator<Item = (&str, &Weight)> {
-        self.0.iter().filter_map(|w| Some((w.linear_path()?, w)))
+        self.layers().filter(|(_, w)| w.role == WeightRole::Linear)
+    }
+
+    /// The weights of linear layers, embeddings and convolutions with their
+    /// modules' paths: those that can be quantised and adapted.
+    pub(crate) fn layers(&self) -> impl Iterator<Item = (&str, &Weight)> {
+        self.0.iter().filter(|w| w.role != WeightRole::Other).filter_map(|w| Some((w.module_path()?, w)))
     }
 
     /// Turns gradients off everywhere.
@@ -120,9 +128,9 @@ impl Weights {
             let packed = quant::pack(&values, config.scheme())?;
             report.push(QuantizedWeight {
                 name: weight.name.clone(),
-                shape: packed.shape(),
+                shape: packed.sizes().to_vec(),
                 scheme: config.scheme(),
-                bytes_before: dense.shape().iter().product::<i64>() as usize * element_size(dense.kind()),
+                bytes_before: dense.sizes().iter().product::<i64>() as usize * element_size(dense.kind()),
                 bytes_after: packed.nbytes()?,
             });
             site.replace_frozen(packed);
@@ -165,8 +173,12 @@ impl Weights {
     }
 }
 
-/// tch keeps no layer types, so that names must tell embeddings.
-fn role_by_name(path: &str) -> WeightRole {
+/// tch keeps no layer types, so that names must tell embeddings, and the
+/// number of dimensions convolutions.
+fn role_by_name(path: &str, dims: usize) -> WeightRole {
+    if dims > 2 {
+        return WeightRole::Conv;
+    }
     let embedding = path.split('.').any(|segment| {
         let segment = segment.to_ascii_lowercase();
         segment.contains("embed") || ["emb", "wte", "wpe"].contains(&segment.as_str())
@@ -204,10 +216,11 @@ mod tests {
     #[test]
     fn names_tell_embeddings() {
         for path in ["model.embed_tokens", "wte", "h.0.wpe", "emb", "patch_embed.proj"] {
-            assert_eq!(role_by_name(path), WeightRole::Embedding, "{path}");
+            assert_eq!(role_by_name(path, 2), WeightRole::Embedding, "{path}");
         }
+        assert_eq!(role_by_name("patch_embed.proj", 4), WeightRole::Conv);
         for path in ["lm_head", "h.0.member", "q_proj"] {
-            assert_eq!(role_by_name(path), WeightRole::Linear, "{path}");
+            assert_eq!(role_by_name(path, 2), WeightRole::Linear, "{path}");
         }
     }
 }

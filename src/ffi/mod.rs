@@ -18,6 +18,7 @@ pub(crate) mod bytes;
 pub(crate) mod compute;
 pub(crate) mod generator;
 pub(crate) mod hook;
+pub(crate) mod optim;
 pub(crate) mod runtime;
 pub(crate) mod shared;
 pub(crate) mod simd;

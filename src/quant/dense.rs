@@ -10,16 +10,16 @@ use tch::{Device, Kind, Tensor};
 #[derive(Debug)]
 pub(crate) struct Dense {
     weight: SharedTensor,
-    shape: [i64; 2],
+    sizes: Vec<i64>,
     kind: Kind,
     device: Device,
 }
 
 impl Dense {
-    /// Takes a contiguous (out, in) tensor that doesn't require gradients.
+    /// Takes a contiguous tensor that doesn't require gradients.
     pub(crate) fn new(weight: Tensor) -> Result<Self> {
-        let (shape, kind, device) = (weight.size2()?, weight.f_kind()?, weight.device());
-        Ok(Dense { weight: SharedTensor::new(weight), shape: shape.into(), kind, device })
+        let (sizes, kind, device) = (weight.size(), weight.f_kind()?, weight.device());
+        Ok(Dense { weight: SharedTensor::new(weight), sizes, kind, device })
     }
 }
 
@@ -28,8 +28,8 @@ impl PackedWeight for Dense {
         None
     }
 
-    fn shape(&self) -> [i64; 2] {
-        self.shape
+    fn sizes(&self) -> &[i64] {
+        &self.sizes
     }
 
     fn kind(&self) -> Kind {
@@ -46,7 +46,12 @@ impl PackedWeight for Dense {
 
     fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let rows = out.size2()?.0;
-        out.f_copy_(&self.weight.get().f_narrow(0, start, rows)?)?;
+        out.f_copy_(&self.weight.get().f_view(self.shape())?.f_narrow(0, start, rows)?)?;
+        Ok(())
+    }
+
+    fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+        out.f_copy_(&self.weight.get().f_view(self.shape())?.f_index_select(0, index)?)?;
         Ok(())
     }
 

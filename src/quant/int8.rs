@@ -7,21 +7,22 @@ use tch::{Device, Kind, Tensor};
 
 #[derive(Debug)]
 pub(super) struct Int8 {
-    /// i8 (out, in).
+    /// i8 (rows, columns).
     data: SharedTensor,
-    /// (out, 1), in the weight's dtype.
+    /// (rows, 1), in the weight's dtype.
     scale: SharedTensor,
-    shape: [i64; 2],
+    sizes: Vec<i64>,
     kind: Kind,
     device: Device,
 }
 
 impl Int8 {
-    /// Packs a contiguous, finite (out, in) weight. All arithmetic is in the
-    /// weight's dtype, as optimum-quanto does it.
+    /// Packs a contiguous, finite weight. All arithmetic is in the weight's
+    /// dtype, as optimum-quanto does it.
     pub(super) fn pack(weight: &Tensor) -> Result<Self> {
-        let (out, inn) = weight.size2()?;
-        let (kind, device) = (weight.f_kind()?, weight.device());
+        let (sizes, kind, device) = (weight.size(), weight.f_kind()?, weight.device());
+        let [out, inn] = super::matrix(&sizes);
+        let weight = weight.f_view([out, inn])?;
         let data = Tensor::f_empty([out, inn], (Kind::Int8, device))?;
         let scale = Tensor::f_empty([out, 1], (kind, device))?;
         super::tiles::for_each(out, inn, |start, rows| {
@@ -34,7 +35,7 @@ impl Int8 {
             data.f_narrow(0, start, rows)?.f_copy_(&q.f_clamp_(-128.0, 127.0)?)?;
             Ok(())
         })?;
-        Ok(Int8 { data: SharedTensor::new(data), scale: SharedTensor::new(scale), shape: [out, inn], kind, device })
+        Ok(Int8 { data: SharedTensor::new(data), scale: SharedTensor::new(scale), sizes, kind, device })
     }
 }
 
@@ -43,8 +44,8 @@ impl PackedWeight for Int8 {
         Some(Scheme::Int8)
     }
 
-    fn shape(&self) -> [i64; 2] {
-        self.shape
+    fn sizes(&self) -> &[i64] {
+        &self.sizes
     }
 
     fn kind(&self) -> Kind {

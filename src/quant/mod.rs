@@ -5,29 +5,43 @@
 //! at most one tile of a weight is dense at any time.
 
 mod config;
+mod cpu;
 mod dense;
 mod dynamic_map;
+pub(crate) mod frozen;
+pub(crate) mod gemm;
 mod int8;
 mod kernels;
 pub(crate) mod linear;
+mod map;
 mod nf4;
 mod tiles;
 
 pub use config::{QuantConfig, QuantConfigBuilder, Scheme};
 pub(crate) use dense::Dense;
+pub(crate) use map::LinearMap;
 
 use crate::error::{Error, Result};
 use std::fmt::Debug;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
-/// A frozen linear weight in the form it is kept in memory.
+/// A frozen weight in the form it is kept in memory.
+///
+/// Products see a matrix: (out, in) of a linear layer, (rows, dim) of an
+/// embedding, (out, in / groups · kernel) of a convolution.
 pub trait PackedWeight: Debug + Send + Sync {
     /// The scheme, or `None` for a dense weight.
     fn scheme(&self) -> Option<Scheme>;
 
-    /// (out features, in features).
-    fn shape(&self) -> [i64; 2];
+    /// The sizes of the dense weight: two of a linear layer or an embedding,
+    /// (out, in / groups, kernel…) of a convolution.
+    fn sizes(&self) -> &[i64];
+
+    /// The sizes of the matrix: the first one, and the product of the others.
+    fn shape(&self) -> [i64; 2] {
+        matrix(self.sizes())
+    }
 
     /// The dtype of the weight that was packed, and of its values: unpacking
     /// rounds to this dtype first, whatever dtype is asked for.
@@ -43,25 +57,40 @@ pub trait PackedWeight: Debug + Send + Sync {
     fn tensors(&self) -> Result<Vec<(String, Tensor)>>;
 
     /// Writes the values of rows `start..start + rows` into `out`, a contiguous
-    /// (rows, in) tensor of any float dtype on the same device.
+    /// (rows, columns) tensor of any float dtype on the same device.
     ///
     /// # Errors
     /// libtorch's.
     fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()>;
+
+    /// Writes the values of the rows that `index` lists into `out`, a
+    /// contiguous (n, columns) tensor of any float dtype on the same device.
+    /// `index` is i64 (n); rows may come in any order and more than once.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for a row that the weight doesn't have; libtorch's.
+    fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+        let rows = Vec::<i64>::try_from(index)?;
+        check_index(&rows, self.shape()[0])?;
+        for (at, row) in rows.into_iter().enumerate() {
+            self.unpack_rows(row, &mut out.f_narrow(0, at as i64, 1)?)?;
+        }
+        Ok(())
+    }
 
     /// The weight itself where it is kept dense, so that it need not be copied.
     fn as_dense(&self) -> Option<Tensor> {
         None
     }
 
-    /// All values, as a new (out, in) tensor of dtype `kind`.
+    /// All values, as a new tensor of the dense sizes and of dtype `kind`.
     ///
     /// # Errors
     /// libtorch's.
     fn dequantize(&self, kind: Kind) -> Result<Tensor> {
         let mut out = Tensor::f_empty(self.shape(), (kind, self.device()))?;
         self.unpack_rows(0, &mut out)?;
-        Ok(out)
+        Ok(out.f_view(self.sizes())?)
     }
 
     /// Bytes that the packed tensors take.
@@ -74,7 +103,29 @@ pub trait PackedWeight: Debug + Send + Sync {
     }
 }
 
-/// Packs a linear weight: (out, in), f32, bf16 or f16, on any device.
+/// The matrix that a weight of these sizes is.
+fn matrix(sizes: &[i64]) -> [i64; 2] {
+    match sizes {
+        [] => [1, 1],
+        [rows, rest @ ..] => [*rows, rest.iter().product()],
+    }
+}
+
+/// Whether a weight of `rows` rows has all of these.
+fn check_index(index: &[i64], rows: i64) -> Result<()> {
+    match index.iter().find(|row| !(0..rows).contains(*row)) {
+        None => Ok(()),
+        Some(row) => Err(Error::Mismatch {
+            name: "index into a packed weight".into(),
+            expected: format!("rows from 0 to {}", rows - 1),
+            found: row.to_string(),
+        }),
+    }
+}
+
+/// Packs the weight of a linear layer (out, in), of an embedding (rows, dim) or
+/// of a convolution (out, in / groups, kernel…; up to five dimensions), in f32,
+/// bf16 or f16, on any device.
 ///
 /// `name` is used in errors only.
 ///
@@ -99,10 +150,10 @@ pub(crate) fn pack(weight: &Tensor, scheme: Scheme) -> Result<Arc<dyn PackedWeig
 pub(crate) fn check(name: &str, weight: &Tensor) -> Result<()> {
     let (shape, kind) = (weight.size(), weight.f_kind()?);
     let float = matches!(kind, Kind::Float | Kind::BFloat16 | Kind::Half);
-    if shape.len() != 2 || shape.contains(&0) || !float {
+    if !(2..=5).contains(&shape.len()) || shape.contains(&0) || !float {
         return Err(Error::Mismatch {
             name: name.into(),
-            expected: "a weight (out, in) of f32, bf16 or f16".into(),
+            expected: "a weight of two to five dimensions, none of them 0, of f32, bf16 or f16".into(),
             found: format!("{kind:?} {shape:?}"),
         });
     }

@@ -17,9 +17,9 @@ use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
 /// Values that share a scale.
-const BLOCK: i64 = 64;
+pub(super) const BLOCK: i64 = 64;
 /// Scales that share a scale of their own under double quantisation.
-const NESTED_BLOCK: i64 = 256;
+pub(super) const NESTED_BLOCK: i64 = 256;
 
 /// The 16 values of the code, in order.
 #[rustfmt::skip]
@@ -30,10 +30,10 @@ const CODE: [f32; 16] = [
 
 #[derive(Debug)]
 pub(super) struct Nf4 {
-    /// u8 (⌈out · in / 2⌉, 1).
+    /// u8 (⌈n / 2⌉, 1) of n values.
     data: SharedTensor,
     scales: Scales,
-    shape: [i64; 2],
+    sizes: Vec<i64>,
     kind: Kind,
     device: Device,
 }
@@ -57,10 +57,9 @@ enum Scales {
 }
 
 impl Nf4 {
-    /// Packs a contiguous, finite (out, in) weight.
+    /// Packs a contiguous, finite weight.
     pub(super) fn pack(weight: &Tensor, double_quant: bool) -> Result<Self> {
-        let (out, inn) = weight.size2()?;
-        let (kind, device) = (weight.f_kind()?, weight.device());
+        let (sizes, kind, device) = (weight.size(), weight.f_kind()?, weight.device());
         let flat = weight.f_view([-1])?;
         let (data, absmax) = match (device, kind) {
             (Device::Cpu, Kind::Float) => pack_with_kernel::<f32>(&flat)?,
@@ -70,10 +69,10 @@ impl Nf4 {
         };
         let data = data.f_unsqueeze(1)?;
         let scales = if double_quant { Scales::double(&absmax)? } else { Scales::Plain(SharedTensor::new(absmax)) };
-        Ok(Nf4 { data: SharedTensor::new(data), scales, shape: [out, inn], kind, device })
+        Ok(Nf4 { data: SharedTensor::new(data), scales, sizes, kind, device })
     }
 
-    /// Unpacks flat elements `start..` into a (rows, in) tensor with libtorch's
+    /// Unpacks flat elements `start..` into a (rows, columns) tensor with libtorch's
     /// operators: the path for devices without a kernel of ours.
     fn unpack_with_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let len = out.numel() as i64;
@@ -131,8 +130,8 @@ impl PackedWeight for Nf4 {
         Some(Scheme::Nf4 { double_quant: matches!(self.scales, Scales::Double { .. }) })
     }
 
-    fn shape(&self) -> [i64; 2] {
-        self.shape
+    fn sizes(&self) -> &[i64] {
+        &self.sizes
     }
 
     fn kind(&self) -> Kind {
@@ -159,7 +158,7 @@ impl PackedWeight for Nf4 {
     }
 
     fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
-        let start = start * self.shape[1];
+        let start = start * self.shape()[1];
         if self.device != Device::Cpu || !out.is_contiguous() {
             return self.unpack_with_operators(start, out);
         }
@@ -203,7 +202,11 @@ fn pack_with_operators(flat: &Tensor) -> Result<(Tensor, Tensor)> {
 impl Scales {
     /// Quantises the scales around their mean.
     fn double(absmax: &Tensor) -> Result<Self> {
-        let offset = absmax.f_mean(Kind::Float)?;
+        let mut offset = absmax.f_mean(Kind::Float)?;
+        if !f64::try_from(&offset)?.is_finite() {
+            // The sum overflowed; the mean of finite scales doesn't.
+            offset = absmax.f_mean(Kind::Double)?.f_to_kind(Kind::Float)?;
+        }
         let map = dynamic_map(absmax.device())?;
         let (codes, nested) = quantize_blocks(&absmax.f_sub(&offset)?, NESTED_BLOCK, &map)?;
         Ok(Scales::Double {
