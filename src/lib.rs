@@ -86,7 +86,10 @@ pub use checkpoint::{Checkpointable, Parts, ResumePolicy, Run, RunBuilder, Skipp
 pub use error::{Error, Result};
 pub use ffi::runtime::cuda_status;
 pub use format::LoadReport;
-pub use lora::{InitLoraWeights, LoraConfig, LoraConfigBuilder, TargetModules};
+pub use lora::{
+    Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
+    TokenIndices,
+};
 pub use model::{DisabledAdapters, ForwardModule, LoraModel, NamedParameter, Summary};
 pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
 pub use train::{

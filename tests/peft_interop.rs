@@ -292,9 +292,6 @@ fn features_that_are_not_had_are_refused_by_name() {
         ("lora_bias", "lora_bias"),
         ("bias", "bias"),
         ("modules_to_save", "modules_to_save"),
-        ("rank_pattern", "rank_pattern"),
-        ("exclude_modules", "exclude_modules"),
-        ("layers_to_transform", "layers_to_transform"),
     ];
     for (case, field) in cases {
         let folder = dir.join("other_features").join(case);
@@ -306,6 +303,43 @@ fn features_that_are_not_had_are_refused_by_name() {
             assert!(error.to_string().contains(field), "{case}: {error}");
         }
     }
+}
+
+/// Ranks, scales and layers that differ from layer to layer.
+#[test]
+fn adapters_with_patterns_and_filters_answer_as_in_peft() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let expected = read(dir.join("net_outputs.safetensors"));
+    let plain = &expected["base"];
+    for (case, layers) in [("rank_pattern", 2), ("exclude_modules", 1), ("layers_to_transform", 1)] {
+        let model = LoraModel::from_pretrained(Net::load(dir), dir.join("other_features").join(case)).unwrap();
+        assert_eq!(model.layers().len(), layers, "{case}: {:?}", model.layers());
+        let found = model.forward(&expected["ids"]).unwrap();
+        assert_close(case, &found, &expected[&format!("other.{case}")], TOLERANCE);
+        assert_differs(case, &found, plain, 1e-2);
+    }
+}
+
+/// PEFT saves `rank_pattern` and `alpha_pattern` sorted, and after a reload another pattern may be the
+/// first that matches: {"q_proj": 2, ".*": 3} turns around. Here the meaning survives, in PEFT too.
+#[test]
+fn the_order_of_patterns_survives_a_save() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let ids = &read(dir.join("net_outputs.safetensors"))["ids"];
+    let config = LoraConfig::builder()
+        .r(4)
+        .target_modules(["q_proj", "v_proj", "fc"])
+        .rank_pattern([("h.1.q_proj", 5), ("q_proj", 2), (".*", 3)])
+        .alpha_pattern([("q_proj", 16.0), (".*", 3.0)]);
+    let mut model = LoraModel::wrap(Net::load(dir), config.build().unwrap()).unwrap();
+    let ranks: Vec<i64> = model.parameters().iter().step_by(2).map(|p| p.tensor.size()[0]).collect();
+    assert_eq!(ranks, [3, 2, 3, 3, 5, 3], "fc, q_proj and v_proj of both layers");
+    let folder = dir.join("from_rust/ordered_patterns");
+    write_adapter(&mut model, &folder, ids);
+    let again = LoraModel::from_pretrained(Net::load(dir), &folder).unwrap();
+    assert_same("reloaded", &again.forward(ids).unwrap(), &model.forward(ids).unwrap());
+    assert!(model.config().differences(again.config()).is_empty());
+    peer("peft_interop.py", &["check".as_ref(), dir.as_os_str()]);
 }
 
 #[test]

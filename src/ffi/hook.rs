@@ -35,6 +35,42 @@ pub(crate) enum Operator<'a> {
     },
 }
 
+impl<'a> Operator<'a> {
+    /// The same operator on another x; on the same indices, for an embedding.
+    pub(crate) fn with<'b>(&self, x: &'b Tensor, bias: Option<&'b Tensor>) -> Operator<'b>
+    where
+        'a: 'b,
+    {
+        match *self {
+            Operator::Linear { transposed, .. } => Operator::Linear { x, bias, transposed },
+            Operator::Embedding { indices, form } => Operator::Embedding { indices, form },
+            Operator::Convolution { form, .. } => Operator::Convolution { x, bias, form },
+        }
+    }
+
+    pub(crate) fn without_bias(&self) -> Operator<'a> {
+        match *self {
+            Operator::Linear { x, .. } | Operator::Convolution { x, .. } => self.with(x, None),
+            Operator::Embedding { .. } => *self,
+        }
+    }
+
+    /// The input, if it is one to drop elements of.
+    pub(crate) fn x(&self) -> Option<&'a Tensor> {
+        match *self {
+            Operator::Linear { x, .. } | Operator::Convolution { x, .. } => Some(x),
+            Operator::Embedding { .. } => None,
+        }
+    }
+
+    pub(crate) fn bias(&self) -> Option<&'a Tensor> {
+        match *self {
+            Operator::Linear { bias, .. } | Operator::Convolution { bias, .. } => bias,
+            Operator::Embedding { .. } => None,
+        }
+    }
+}
+
 /// The arguments of `embedding` that shape its gradient.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct EmbeddingForm {

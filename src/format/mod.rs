@@ -3,7 +3,22 @@
 pub(crate) mod peft;
 pub(crate) mod safetensors;
 
+use crate::error::{Error, Result};
 use std::fmt;
+use std::io::Write;
+use std::path::Path;
+
+/// Writes files into a folder, which is made; each appears whole or not at all.
+pub(crate) fn write_files(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    for (name, bytes) in files {
+        let path = folder.join(name);
+        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
+        file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io(&path))?;
+        file.persist(&path).map_err(|error| error.error).map_err(Error::io(&path))?;
+    }
+    Ok(())
+}
 
 /// What came of loading an adapter.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 
 use super::layer::{LayerSpec, Switches};
 use crate::error::Result;
+use crate::ffi::hook::Operator;
 use crate::ffi::shared::SharedTensor;
 use crate::quant::PackedWeight;
 use std::sync::Arc;
@@ -73,6 +74,14 @@ impl Factors {
     /// The probability of dropping an input, 0 where dropout is off.
     pub(super) fn live_dropout(&self) -> f64 {
         if self.switches.training.load(Ordering::Relaxed) { self.dropout } else { 0.0 }
+    }
+
+    /// x with elements dropped, where that is live: drawn as PEFT draws them.
+    pub(super) fn dropped(&self, operator: &Operator) -> Result<Option<Tensor>> {
+        match (operator.x(), self.live_dropout()) {
+            (Some(x), p) if p > 0.0 => Ok(Some(x.f_dropout(p, true)?)),
+            _ => Ok(None),
+        }
     }
 
     /// The tensors with PEFT's key ends, the factors in the layer's own names.

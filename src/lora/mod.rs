@@ -3,6 +3,7 @@
 
 mod config;
 mod conv;
+mod dora;
 mod embedding;
 mod factors;
 mod init;
@@ -10,6 +11,10 @@ mod layer;
 mod linear;
 mod target;
 
-pub use config::{InitLoraWeights, LoraConfig, LoraConfigBuilder, TargetModules};
+pub(crate) use config::FOREIGN;
+pub use config::{
+    Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
+    TokenIndices,
+};
 pub(crate) use layer::{LayerForm, LayerSpec, LoraLayer, Switches};
 pub(crate) use target::resolve;

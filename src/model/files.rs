@@ -3,10 +3,9 @@
 use super::{LoraModel, NamedParameter};
 use crate::base::Base;
 use crate::error::{Error, Result};
-use crate::format::{LoadReport, peft, safetensors};
+use crate::format::{LoadReport, peft, safetensors, write_files};
 use crate::quant::check_finite;
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use tch::Tensor;
@@ -110,23 +109,17 @@ impl<M> LoraModel<M> {
     /// # Errors
     /// [`Error::Io`] for a folder that can't be made or written to.
     pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
-        let folder = folder.as_ref();
-        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-        for (name, bytes) in self.adapter_bytes()? {
-            let path = folder.join(name);
-            let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
-            file.write_all(&bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io(&path))?;
-            file.persist(&path).map_err(|error| error.error).map_err(Error::io(&path))?;
-        }
-        Ok(())
+        write_files(folder.as_ref(), &self.adapter_bytes()?)
     }
 
     /// The adapter's files as they go to disk.
     pub(crate) fn adapter_bytes(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut config = self.config.clone();
+        config.other.insert("inference_mode".into(), true.into());
         let tensors = self.parameters().into_iter().map(|p| (p.name, p.tensor)).collect();
         Ok(vec![
             (peft::WEIGHTS_FILE.to_string(), safetensors::serialize(&tensors)?),
-            (peft::CONFIG_FILE.to_string(), peft::config_to_json(&self.config)?),
+            (peft::CONFIG_FILE.to_string(), peft::config_to_json(&config)?),
         ])
     }
 }

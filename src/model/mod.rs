@@ -10,7 +10,9 @@ pub use summary::Summary;
 use crate::base::{Base, Site, WeightRole};
 use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft};
-use crate::lora::{self, InitLoraWeights, LayerForm, LayerSpec, LoraConfig, LoraLayer, Switches, TargetModules};
+use crate::lora::{
+    self, InitLoraWeights, LayerForm, LayerSettings, LayerSpec, LoraConfig, LoraLayer, Switches, TargetModules,
+};
 use crate::quant::QuantConfig;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -87,13 +89,14 @@ impl<M> LoraModel<M> {
     /// Builds every adapter first and attaches them last, so that a failure
     /// leaves the base as it was.
     fn attach(base: Base<M>, mut config: LoraConfig, init: InitLoraWeights) -> Result<Self> {
+        config.check_supported()?;
         // `all-linear` means linear layers; a name may mean any kind.
         let candidates: Vec<_> = match config.target_modules {
-            TargetModules::AllLinear => base.weights().linears().collect(),
+            Some(TargetModules::AllLinear) => base.weights().linears().collect(),
             _ => base.weights().layers().collect(),
         };
         let paths: Vec<&str> = candidates.iter().map(|(path, _)| *path).collect();
-        let targets = lora::resolve(&config.target_modules, &paths)?;
+        let targets = lora::resolve(&config, &paths)?;
         let chosen: Vec<_> = candidates.iter().filter(|(path, _)| targets.iter().any(|t| t == path)).collect();
         for (_, weight) in &chosen {
             if weight.site().is_some_and(|site| site.adapter().is_some()) {
@@ -101,14 +104,15 @@ impl<M> LoraModel<M> {
             }
         }
         let switches = Arc::new(Switches::default());
+        let settings = config.layer_settings(chosen.iter().map(|(path, _)| *path));
         let mut layers: Vec<Layer> = Vec::with_capacity(chosen.len());
-        for (path, weight) in &chosen {
+        for ((path, weight), settings) in chosen.iter().zip(settings) {
             let site = weight.site_or_attach()?;
             if let Some(first) = layers.iter().find(|layer| Arc::ptr_eq(&layer.site, &site)) {
                 let found = format!("{path} and {}, which share one weight", first.path);
                 return Err(Error::config("target_modules", "one name of a tied weight", found));
             }
-            let lora = layer_spec(&config, init, weight.role).build(&site.frozen(), &switches)?;
+            let lora = layer_spec(&config, settings, init, weight.role).build(&site.frozen(), &switches)?;
             layers.push(Layer { path: path.to_string(), site, lora });
         }
         base.weights().freeze()?;
@@ -116,8 +120,9 @@ impl<M> LoraModel<M> {
             layer.site.set_adapter(Some(Arc::clone(&layer.lora) as _));
         }
         // PEFT writes what `all-linear` meant, as a list of paths.
-        if config.target_modules == TargetModules::AllLinear {
-            config.target_modules = TargetModules::List(targets);
+        config.settle(&targets);
+        if config.target_modules == Some(TargetModules::AllLinear) {
+            config.target_modules = Some(TargetModules::List(targets));
         }
         Ok(LoraModel { base, config, layers, switches, report: None })
     }
@@ -198,15 +203,25 @@ impl<M> LoraModel<M> {
     }
 }
 
-/// What the adapter of a weight with this role is made from.
-fn layer_spec(config: &LoraConfig, init: InitLoraWeights, role: WeightRole) -> LayerSpec {
+/// What the adapter of a weight with this role is made from. As in PEFT, a
+/// module's class decides on `fan_in_fan_out` where it is known.
+fn layer_spec(config: &LoraConfig, settings: LayerSettings, init: InitLoraWeights, role: WeightRole) -> LayerSpec {
     let form = match role {
         WeightRole::Embedding => LayerForm::Embedding,
-        WeightRole::Conv => LayerForm::Conv { groups: 1 },
-        WeightRole::Linear | WeightRole::Other => LayerForm::Linear { fan_in_fan_out: false },
+        WeightRole::Conv { groups } => LayerForm::Conv { groups },
+        WeightRole::Conv1D => LayerForm::Linear { fan_in_fan_out: true },
+        WeightRole::Linear | WeightRole::Other => LayerForm::Linear { fan_in_fan_out: config.fan_in_fan_out },
     };
-    let (r, scaling, dropout) = (config.r, config.scaling(), config.lora_dropout);
-    LayerSpec { form, r, scaling, dropout, lora_bias: false, init, kind: None }
+    LayerSpec {
+        form,
+        r: settings.r,
+        scaling: settings.scaling,
+        dropout: config.lora_dropout,
+        lora_bias: config.lora_bias,
+        use_dora: config.use_dora,
+        init,
+        kind: None,
+    }
 }
 
 /// Adapters stay off while this lives; see [`LoraModel::disable_adapters`].

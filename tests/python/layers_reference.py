@@ -23,6 +23,7 @@ from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 STEPS, LR = 3, 0.05
 
@@ -65,23 +66,12 @@ class Gpt(nn.Module):
     """HF's Conv1D: `addmm` with a weight (in, out)."""
 
     def __init__(self):
-        from transformers.pytorch_utils import Conv1D
-
         super().__init__()
         self.c_fc = Conv1D(48, 64)
         self.c_proj = Conv1D(5, 48)
 
     def forward(self, x):
         return self.c_proj(torch.tanh(self.c_fc(x)))
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mha = nn.MultiheadAttention(64, 4, batch_first=True)
-
-    def forward(self, x):
-        return self.mha(x, x, x, need_weights=False)[0]
 
 
 def image(dims: int):
@@ -126,7 +116,6 @@ CASES = {
     "linear_no_bias": (lambda: Linears(bias=False), features, LINEAR, 1),
     "linear_dropout": (lambda: Linears(), features, LINEAR | dict(lora_dropout=0.3), 1),
     "gpt": (lambda: Gpt(), features, LINEAR | dict(target_modules=["c_fc", "c_proj"], fan_in_fan_out=True), 1),
-    "attention": (lambda: Attention(), features, LINEAR | dict(target_modules=["mha"]), 1),
 }
 for name, settings in {"linear": LINEAR, "conv2d": CONV, "conv1d": CONV}.items():
     CASES[f"{name}_lora_bias"] = (*CASES[name][:2], settings | dict(lora_bias=True), 1)
@@ -172,6 +161,11 @@ def randomise(model, seed: int) -> None:
             p.copy_(p * (1 + noise) if "magnitude" in name else noise)
 
 
+def runs(case: str, base: str, dtype: torch.dtype) -> bool:
+    """PEFT's DoRA of a convolution fails in bf16: it computes with inputs of f32 and weights of bf16."""
+    return not (case.startswith("dora_conv") and dtype == torch.bfloat16)
+
+
 def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
     module, inputs, settings, groups = CASES[case]
     torch.manual_seed(sum(map(ord, case)))
@@ -189,9 +183,9 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
         traced.save(str(folder / "model.pt"))
         adapted = copy.deepcopy(model)
         if base != "dense":
-            for name, parameter in adapted.named_parameters():
-                if name.endswith("weight") and parameter.dim() >= 2:
-                    parameter.data = quantised(parameter.data, base).to(dtype)
+            for layer in adapted.modules():
+                if isinstance(layer, (nn.Linear, Conv1D)):
+                    layer.weight.data = quantised(layer.weight.data, base).to(dtype)
         peft_model = get_peft_model(adapted, LoraConfig(**copy.deepcopy(settings)))
         repair(peft_model)
         randomise(peft_model, seed=1)
@@ -227,7 +221,7 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
 def main() -> None:
     torch.set_num_threads(2)
     out = Path(sys.argv[1])
-    cases = [make(case, base, dtype, out) for case in CASES for base, dtype in VARIANTS]
+    cases = [make(case, base, dtype, out) for case in CASES for base, dtype in VARIANTS if runs(case, base, dtype)]
     (out / "cases.json").write_text(json.dumps(cases))
 
 
