@@ -15,12 +15,12 @@ import sys
 import warnings
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from mirror import adapters, snapshot
 from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
 from peft import LoraConfig, get_peft_model
+from quant_reference import dequantize_4bit, quantize_4bit
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -133,8 +133,8 @@ def quantised(weight: torch.Tensor, base: str) -> torch.Tensor:
     if base == "int8":
         values = quantize_weight(matrix, qint8, 0, AbsmaxOptimizer()(matrix, qint8, axis=0), optimized=False).dequantize()
     else:
-        packed, state = bnb.quantize_4bit(matrix.contiguous(), blocksize=64, quant_type="nf4")
-        values = bnb.dequantize_4bit(packed, state)
+        packed, scales = quantize_4bit(matrix, 64, "nf4", torch.uint8)
+        values = dequantize_4bit(packed, scales, 64, "nf4", matrix.shape, matrix.dtype)
     return values.view(weight.shape)
 
 
@@ -159,6 +159,11 @@ def randomise(model, seed: int) -> None:
         for name, p in sorted(adapters(model).items()):
             noise = torch.randn(p.shape, generator=generator) * 0.2
             p.copy_(p * (1 + noise) if "magnitude" in name else noise)
+
+
+def key(name: str) -> str:
+    """The key of a parameter in a file, where it isn't PEFT's own name."""
+    return name.removesuffix(".default").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def runs(case: str, base: str, dtype: torch.dtype) -> bool:
@@ -209,7 +214,7 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
         if x.is_floating_point():
             record |= snapshot(f"{step}.", {"x_grad": x.grad})
         parameters = adapters(peft_model)
-        record |= snapshot(f"{step}.grad.", {name: p.grad for name, p in parameters.items()})
+        record |= snapshot(f"{step}.grad.", {key(name): p.grad for name, p in parameters.items()})
         with torch.no_grad():
             for p in parameters.values():
                 p -= LR * p.grad
