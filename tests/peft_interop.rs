@@ -287,12 +287,8 @@ fn five_steps_with_dropout_equal_pefts() {
 #[test]
 fn features_that_are_not_had_are_refused_by_name() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
-    let cases = [
-        ("dora", "use_dora"),
-        ("lora_bias", "lora_bias"),
-        ("bias", "bias"),
-        ("modules_to_save", "modules_to_save"),
-    ];
+    let cases =
+        [("dora", "use_dora"), ("lora_bias", "lora_bias"), ("bias", "bias"), ("modules_to_save", "modules_to_save")];
     for (case, field) in cases {
         let folder = dir.join("other_features").join(case);
         let loaded = LoraModel::from_pretrained(Net::load(dir), &folder);

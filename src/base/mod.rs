@@ -1,6 +1,7 @@
 //! Floor 2: a base model, its named weights, quantising them, its fingerprint.
 
 mod fingerprint;
+mod mixed;
 mod report;
 mod site;
 mod torchscript;
@@ -8,7 +9,8 @@ mod weights;
 
 pub use fingerprint::{Fingerprint, WeightPrint};
 pub use report::{QuantizationReport, QuantizedWeight};
-pub(crate) use site::{Adapter, Site};
+pub(crate) use mixed::MixedRows;
+pub(crate) use site::{Adapter, Adapters, Site};
 pub use torchscript::TorchScript;
 pub use weights::WeightRole;
 pub(crate) use weights::Weights;
@@ -98,6 +100,13 @@ impl<M> Base<M> {
         self.report = self.weights.quantize(config)?;
         self.fingerprint = OnceLock::new();
         Ok(())
+    }
+
+    /// Takes notice that weights were replaced: those of which `still` is false
+    /// are no longer quantised.
+    pub(crate) fn note_changes(&mut self, still: impl Fn(&str) -> bool) {
+        self.report.retain(still);
+        self.fingerprint = OnceLock::new();
     }
 
     /// What was quantised, with bytes before and after.

@@ -36,30 +36,11 @@ pub(crate) enum Operator<'a> {
 }
 
 impl<'a> Operator<'a> {
-    /// The same operator on another x; on the same indices, for an embedding.
-    pub(crate) fn with<'b>(&self, x: &'b Tensor, bias: Option<&'b Tensor>) -> Operator<'b>
-    where
-        'a: 'b,
-    {
+    /// What the weight is used on: x, or the indices.
+    pub(crate) fn input(&self) -> &'a Tensor {
         match *self {
-            Operator::Linear { transposed, .. } => Operator::Linear { x, bias, transposed },
-            Operator::Embedding { indices, form } => Operator::Embedding { indices, form },
-            Operator::Convolution { form, .. } => Operator::Convolution { x, bias, form },
-        }
-    }
-
-    pub(crate) fn without_bias(&self) -> Operator<'a> {
-        match *self {
-            Operator::Linear { x, .. } | Operator::Convolution { x, .. } => self.with(x, None),
-            Operator::Embedding { .. } => *self,
-        }
-    }
-
-    /// The input, if it is one to drop elements of.
-    pub(crate) fn x(&self) -> Option<&'a Tensor> {
-        match *self {
-            Operator::Linear { x, .. } | Operator::Convolution { x, .. } => Some(x),
-            Operator::Embedding { .. } => None,
+            Operator::Linear { x, .. } | Operator::Convolution { x, .. } => x,
+            Operator::Embedding { indices, .. } => indices,
         }
     }
 
@@ -67,6 +48,27 @@ impl<'a> Operator<'a> {
         match *self {
             Operator::Linear { bias, .. } | Operator::Convolution { bias, .. } => bias,
             Operator::Embedding { .. } => None,
+        }
+    }
+
+    /// The same operator on another input.
+    pub(crate) fn with_input<'b>(&self, input: &'b Tensor) -> Operator<'b>
+    where
+        'a: 'b,
+    {
+        match *self {
+            Operator::Linear { bias, transposed, .. } => Operator::Linear { x: input, bias, transposed },
+            Operator::Convolution { bias, form, .. } => Operator::Convolution { x: input, bias, form },
+            Operator::Embedding { form, .. } => Operator::Embedding { indices: input, form },
+        }
+    }
+
+    /// The same operator without its bias.
+    pub(crate) fn without_bias(&self) -> Operator<'a> {
+        match *self {
+            Operator::Linear { x, transposed, .. } => Operator::Linear { x, bias: None, transposed },
+            Operator::Convolution { x, form, .. } => Operator::Convolution { x, bias: None, form },
+            embedding => embedding,
         }
     }
 }
@@ -142,6 +144,7 @@ struct SiteCalls {
 
 unsafe extern "C" {
     fn tp_attach(weight: *mut C_tensor, calls: *const SiteCalls, site: *mut c_void) -> *mut c_char;
+    fn tp_release(weight: *mut C_tensor, dense: *mut C_tensor) -> *mut c_char;
     fn tp_site_of(weight: *mut C_tensor, calls: *const SiteCalls) -> *mut c_void;
 }
 
@@ -271,6 +274,13 @@ pub(crate) fn attach<S: WeightSite + 'static>(weight: &Tensor, name: &str, site:
     // SAFETY: the weight is borrowed; the table is static and fits `Held<S>`;
     // the shim owns the object from here on, and drops it if it fails.
     check(unsafe { tp_attach(raw(weight), Table::<S>::CALLS, object) })
+}
+
+/// Makes an adapted weight, and with it every handle on the same tensor, the
+/// plain tensor that `dense` is: the site is let go.
+pub(crate) fn release(weight: &Tensor, dense: &Tensor) -> Result<()> {
+    // SAFETY: both tensors are borrowed for the length of the call.
+    check(unsafe { tp_release(raw(weight), raw(dense)) })
 }
 
 /// The site of an adapted weight, if it has one of type `S`.

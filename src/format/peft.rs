@@ -203,6 +203,7 @@ pub(crate) fn config_from_json(path: &Path, bytes: &[u8]) -> Result<ReadConfig> 
         target_parameters: reader.read("target_parameters", NAMES)?,
         ensure_weight_tying: flag("ensure_weight_tying")?,
         layer_replication: reader.read("layer_replication", "a list of [start, end]")?,
+        dtype: None,
         other,
     };
     Ok(ReadConfig { config: config.validate()?, unknown })

@@ -91,7 +91,7 @@ impl<L: Factored> Adapter for Dora<L> {
         }
         let dropped = self.inner.factors().dropped(operator)?;
         let operator = match &dropped {
-            Some(x) => operator.with(x, None),
+            Some(x) => operator.with_input(x).without_bias(),
             None => operator.without_bias(),
         };
         let base = frozen(weight, &operator)?;
@@ -105,7 +105,7 @@ impl<L: Factored> Adapter for Dora<L> {
         if !self.inner.takes_part(operator)? {
             return frozen(weight, operator);
         }
-        if self.inner.factors().live_dropout() > 0.0 && operator.x().is_some() {
+        if self.inner.factors().drops(operator) {
             let base = frozen(weight, operator)?;
             let kind = base.f_kind()?;
             return match self.addition(weight, operator)? {

@@ -76,12 +76,16 @@ impl Factors {
         if self.switches.training.load(Ordering::Relaxed) { self.dropout } else { 0.0 }
     }
 
+    /// Whether dropout is live and has a part in the operator: indices can't
+    /// be dropped.
+    pub(super) fn drops(&self, operator: &Operator) -> bool {
+        self.live_dropout() > 0.0 && !matches!(operator, Operator::Embedding { .. })
+    }
+
     /// x with elements dropped, where that is live: drawn as PEFT draws them.
     pub(super) fn dropped(&self, operator: &Operator) -> Result<Option<Tensor>> {
-        match (operator.x(), self.live_dropout()) {
-            (Some(x), p) if p > 0.0 => Ok(Some(x.f_dropout(p, true)?)),
-            _ => Ok(None),
-        }
+        let drop = || operator.input().f_dropout(self.live_dropout(), true);
+        Ok(self.drops(operator).then(drop).transpose()?)
     }
 
     /// The tensors with PEFT's key ends, the factors in the layer's own names.

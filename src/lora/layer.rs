@@ -71,7 +71,7 @@ pub(super) trait Factored: LoraLayer {
         }
         let dropped = self.factors().dropped(operator)?;
         Ok(Some(match &dropped {
-            Some(x) => self.product(&operator.with(x, None))?,
+            Some(x) => self.product(&operator.with_input(x))?,
             None => self.product(operator)?,
         }))
     }

@@ -1,6 +1,7 @@
-//! Floor 3: LoRA itself: configuration, target matching, initialisation, and
-//! the kinds of adapters.
+//! Floor 3: LoRA itself: configuration, target matching, initialisation, the
+//! kinds of adapters, and combining them.
 
+mod combine;
 mod config;
 mod conv;
 mod dora;
@@ -9,6 +10,7 @@ mod factors;
 mod init;
 mod layer;
 mod linear;
+mod replace;
 mod target;
 
 pub(crate) use config::FOREIGN;
@@ -16,5 +18,8 @@ pub use config::{
     Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
     TokenIndices,
 };
+pub use combine::{Combination, MajoritySign, Merge};
+pub(crate) use combine::{Part, combine, rank};
 pub(crate) use layer::{LayerForm, LayerSpec, LoraLayer, Switches};
+pub(crate) use replace::Replacement;
 pub(crate) use target::resolve;

@@ -1,6 +1,6 @@
 //! Which features this version lacks, so that an adapter that needs one is refused by name.
 
-use super::{Bias, InitLoraWeights, LoraConfig};
+use super::{InitLoraWeights, LoraConfig};
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
 
@@ -50,12 +50,8 @@ impl LoraConfig {
         if !matches!(init, InitLoraWeights::Default | InitLoraWeights::Gaussian | InitLoraWeights::Random) {
             lacks("init_lora_weights", json!(init.name()));
         }
-        if self.bias != Bias::None {
-            lacks("bias", json!(self.bias));
-        }
         lacks("ensure_weight_tying", json!(self.ensure_weight_tying));
         lacks("layer_replication", json!(self.layer_replication));
-        lacks("modules_to_save", json!(self.modules_to_save));
         lacks("target_parameters", json!(self.target_parameters));
         lacks("trainable_token_indices", json!(self.trainable_token_indices));
         fields.sort();

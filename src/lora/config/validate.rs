@@ -2,6 +2,7 @@
 
 use super::{InitLoraWeights, LoraConfig, NO_LOOK_AROUND, TargetModules, TokenIndices};
 use crate::error::{Error, Result};
+use tch::Kind;
 
 impl LoraConfig {
     pub(crate) fn validate(self) -> Result<Self> {
@@ -22,6 +23,10 @@ impl LoraConfig {
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return Err(Error::config("lora_dropout", "a probability in [0, 1)", self.lora_dropout));
         }
+        let floats = [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Half];
+        if let Some(kind) = self.dtype.filter(|kind| !floats.contains(kind)) {
+            return Err(Error::config("dtype", "f32, f64, bf16 or f16", format!("{kind:?}")));
+        }
         self.rank_pattern.validate("rank_pattern", "ranks of at least 1", |r| r >= 1)?;
         self.alpha_pattern.validate("alpha_pattern", "finite numbers", f64::is_finite)
     }
@@ -30,9 +35,7 @@ impl LoraConfig {
         if self.target_modules.is_none() && self.target_parameters().is_empty() {
             return Err(Error::config("target_modules", "names, a regular expression or \"all-linear\"", "not given"));
         }
-        for (field, modules) in
-            [("target_modules", &self.target_modules), ("exclude_modules", &self.exclude_modules)]
-        {
+        for (field, modules) in [("target_modules", &self.target_modules), ("exclude_modules", &self.exclude_modules)] {
             match modules {
                 Some(TargetModules::List(list)) => {
                     // PEFT writes an empty list of exclusions, and means none.
@@ -81,14 +84,15 @@ impl LoraConfig {
             return Err(Error::config("layers_to_transform", "layer numbers from 0 on", layer));
         }
         for pattern in patterns {
-            super::compile(&layer_number(pattern)).map_err(|reason| {
-                Error::config("layers_pattern", NO_LOOK_AROUND, format!("{pattern:?} ({reason})"))
-            })?;
+            super::compile(&layer_number(pattern))
+                .map_err(|reason| Error::config("layers_pattern", NO_LOOK_AROUND, format!("{pattern:?} ({reason})")))?;
         }
         match self.layer_replication().iter().find(|(start, end)| *start < 0 || start >= end) {
-            Some((start, end)) => {
-                Err(Error::config("layer_replication", "ranges [start, end) that aren't empty", format!("[{start}, {end})")))
-            }
+            Some((start, end)) => Err(Error::config(
+                "layer_replication",
+                "ranges [start, end) that aren't empty",
+                format!("[{start}, {end})"),
+            )),
             None => Ok(()),
         }
     }
