@@ -28,9 +28,8 @@ impl Factors {
         });
         let sizes = spec.factor_sizes(weight.sizes())?;
         let (a, b, bias) = super::init::initial(spec, sizes, (kind, weight.device()))?;
-        let trainable = |tensor: Tensor| -> Result<SharedTensor> {
-            Ok(SharedTensor::new(tensor.f_set_requires_grad(true)?))
-        };
+        let trainable =
+            |tensor: Tensor| -> Result<SharedTensor> { Ok(SharedTensor::new(tensor.f_set_requires_grad(true)?)) };
         Ok(Factors {
             a: trainable(a)?,
             b: trainable(b)?,

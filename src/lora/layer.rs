@@ -76,11 +76,7 @@ impl LayerSpec {
     ///
     /// # Errors
     /// [`Error::Config`] for a combination that makes no sense.
-    pub(crate) fn build(
-        &self,
-        weight: &Arc<dyn PackedWeight>,
-        switches: &Arc<Switches>,
-    ) -> Result<Arc<dyn LoraLayer>> {
+    pub(crate) fn build(&self, weight: &Arc<dyn PackedWeight>, switches: &Arc<Switches>) -> Result<Arc<dyn LoraLayer>> {
         let factors = Factors::new(self, weight.as_ref(), Arc::clone(switches))?;
         Ok(match self.form {
             LayerForm::Linear { fan_in_fan_out } => Arc::new(LoraLinear::new(factors, fan_in_fan_out)),

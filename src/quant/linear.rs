@@ -144,11 +144,7 @@ impl Backward for FrozenLinear {
     fn backward(&self, grad: &Tensor, _: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let grad = gradient_rows(grad, self.map.out())?;
         let mut grads = Vec::with_capacity(needed.len());
-        let dx = if needed.first() == Some(&true) {
-            Some(self.x.shaped(&self.map.adjoint(&grad)?)?)
-        } else {
-            None
-        };
+        let dx = if needed.first() == Some(&true) { Some(self.x.shaped(&self.map.adjoint(&grad)?)?) } else { None };
         grads.push(dx);
         if let Some(kind) = self.bias_kind {
             let wanted = needed.get(1) == Some(&true);

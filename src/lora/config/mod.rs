@@ -307,9 +307,10 @@ impl LoraConfig {
     /// Puts `rank_pattern` and `alpha_pattern` into an order that survives a
     /// save, for an adapter on the modules at `paths`.
     pub(crate) fn settle(&mut self, paths: &[String]) {
-        for (field, unmatched) in
-            [("rank_pattern", self.rank_pattern.unmatched(paths)), ("alpha_pattern", self.alpha_pattern.unmatched(paths))]
-        {
+        for (field, unmatched) in [
+            ("rank_pattern", self.rank_pattern.unmatched(paths)),
+            ("alpha_pattern", self.alpha_pattern.unmatched(paths)),
+        ] {
             if let Some(pattern) = unmatched {
                 tracing::warn!(field, pattern, "a pattern matches no adapted module");
             }

@@ -62,7 +62,8 @@ impl<T: Copy + PartialEq> LayerPattern<T> {
         }
         let mut paths: Vec<&String> = paths.iter().collect();
         paths.sort();
-        let exact = paths.into_iter().filter_map(|path| Some((format!("^{}", regex::escape(path)), as_given.get(path)?)));
+        let exact =
+            paths.into_iter().filter_map(|path| Some((format!("^{}", regex::escape(path)), as_given.get(path)?)));
         LayerPattern::new(exact)
     }
 
@@ -75,9 +76,8 @@ impl<T: Copy + PartialEq> LayerPattern<T> {
             if pattern.is_empty() || self.0.iter().take(i).any(|(earlier, _)| earlier == pattern) {
                 return Err(Error::config(field, "patterns, none empty and none twice", format!("{pattern:?}")));
             }
-            regex(pattern).map_err(|reason| {
-                Error::config(field, super::NO_LOOK_AROUND, format!("{pattern:?} ({reason})"))
-            })?;
+            regex(pattern)
+                .map_err(|reason| Error::config(field, super::NO_LOOK_AROUND, format!("{pattern:?} ({reason})")))?;
             if !valid(value) {
                 return Err(Error::config(field, expected, format!("{value} for {pattern:?}")));
             }

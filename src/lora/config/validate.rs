@@ -35,9 +35,7 @@ impl LoraConfig {
         if self.target_modules.is_none() && self.target_parameters().is_empty() {
             return Err(Error::config("target_modules", "names, a regular expression or \"all-linear\"", "not given"));
         }
-        for (field, modules) in
-            [("target_modules", &self.target_modules), ("exclude_modules", &self.exclude_modules)]
-        {
+        for (field, modules) in [("target_modules", &self.target_modules), ("exclude_modules", &self.exclude_modules)] {
             match modules {
                 Some(TargetModules::List(list)) => {
                     // PEFT writes an empty list of exclusions, and means none.
@@ -86,14 +84,15 @@ impl LoraConfig {
             return Err(Error::config("layers_to_transform", "layer numbers from 0 on", layer));
         }
         for pattern in patterns {
-            super::compile(&layer_number(pattern)).map_err(|reason| {
-                Error::config("layers_pattern", NO_LOOK_AROUND, format!("{pattern:?} ({reason})"))
-            })?;
+            super::compile(&layer_number(pattern))
+                .map_err(|reason| Error::config("layers_pattern", NO_LOOK_AROUND, format!("{pattern:?} ({reason})")))?;
         }
         match self.layer_replication().iter().find(|(start, end)| *start < 0 || start >= end) {
-            Some((start, end)) => {
-                Err(Error::config("layer_replication", "ranges [start, end) that aren't empty", format!("[{start}, {end})")))
-            }
+            Some((start, end)) => Err(Error::config(
+                "layer_replication",
+                "ranges [start, end) that aren't empty",
+                format!("[{start}, {end})"),
+            )),
             None => Ok(()),
         }
     }
