@@ -4,8 +4,8 @@ use std::path::Path;
 use tch::nn::{self, ModuleT};
 use tch::{Device, Kind, Tensor};
 use tch_peft::{
-    AdamW, Base, Checkpointable, Error, LoraConfig, LoraModel, Optimizer, Parts, QuantConfig, Result, Run, RunBuilder,
-    Sampler, Schedule, Start, State, Stateful,
+    Adafactor, AdamW, AdamW8bit, Base, Checkpointable, Error, Lion, LoraConfig, LoraModel, Optimizer, Parts,
+    QuantConfig, Result, Run, RunBuilder, Sampler, Schedule, Sgd, Start, State, Stateful,
 };
 
 pub const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -41,7 +41,7 @@ impl Default for Setup {
     }
 }
 
-pub const OPTIMIZERS: [&str; 1] = ["adamw"];
+pub const OPTIMIZERS: [&str; 6] = ["adamw", "adamw8bit", "sgd", "adafactor", "lion", "lora_plus"];
 
 #[derive(Debug)]
 pub struct Net {
@@ -72,6 +72,8 @@ pub struct Toy {
     pub schedule: Schedule,
     pub sampler: Sampler,
     pub average: Option<Average>,
+    /// One more part.
+    pub extra: Option<Box<dyn Stateful>>,
     pub run: Run,
     accumulate: usize,
 }
@@ -103,11 +105,16 @@ impl Toy {
         let average = setup.average.then(|| Average::new(&model));
         let optimizer: Box<dyn Optimizer> = match setup.optimizer {
             "adamw" => Box::new(AdamW::builder().lr(1e-2).build(parameters).unwrap()),
+            "adamw8bit" => Box::new(AdamW8bit::builder().lr(1e-2).build(parameters).unwrap()),
+            "sgd" => Box::new(Sgd::builder().lr(1e-1).momentum(0.9).build(parameters).unwrap()),
+            "adafactor" => Box::new(Adafactor::builder().lr(1e-2).build(parameters).unwrap()),
+            "lion" => Box::new(Lion::builder().lr(1e-3).build(parameters).unwrap()),
+            "lora_plus" => Box::new(AdamW::builder().lr(1e-2).lora_plus(4.0).build(parameters).unwrap()),
             other => panic!("no optimizer {other}"),
         };
         let sampler = Sampler::new(ROWS, 5, 9).unwrap();
         let (schedule, accumulate) = (setup.schedule, setup.accumulate);
-        Toy { model, optimizer, schedule, sampler, average, run: run.build().unwrap(), accumulate }
+        Toy { model, optimizer, schedule, sampler, average, extra: None, run: run.build().unwrap(), accumulate }
     }
 
     /// Resumes or starts; what was drawn before doesn't matter to a resumed run.
@@ -156,6 +163,10 @@ impl Toy {
         let parts = Parts::new(&mut self.model, self.optimizer.as_mut(), &self.schedule, &mut self.sampler);
         let parts = match &mut self.average {
             Some(average) => parts.with("average", average),
+            None => parts,
+        };
+        let parts = match &mut self.extra {
+            Some(extra) => parts.with("extra", extra.as_mut()),
             None => parts,
         };
         (&mut self.run, parts)
