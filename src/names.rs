@@ -7,6 +7,14 @@ pub(crate) fn suffix_matches(path: &str, entry: &str) -> bool {
     path == entry || path.strip_suffix(entry).is_some_and(|head| head.ends_with('.'))
 }
 
+/// Whether the module at `path` is the one that `entry` names by its last
+/// segments, or lies within it.
+///
+/// `head` contains `head`, `net.head` and `net.head.proj`, but not `bighead`.
+pub(crate) fn is_within(path: &str, entry: &str) -> bool {
+    format!(".{path}.").contains(&format!(".{entry}."))
+}
+
 /// The module that a weight belongs to: `h.0.q_proj` for `h.0.q_proj.weight`.
 ///
 /// `None` for tensors that are not called `weight`, and for a weight at the
@@ -44,6 +52,18 @@ mod tests {
         assert!(suffix_matches("h.0.q_proj", "0.q_proj"));
         assert!(!suffix_matches("h.0.xq_proj", "q_proj"));
         assert!(!suffix_matches("q_proj", "h.q_proj"));
+    }
+
+    #[test]
+    fn modules_contain_their_children() {
+        for path in ["head", "net.head", "net.head.proj", "head.0"] {
+            assert!(is_within(path, "head"), "{path}");
+        }
+        for path in ["bighead", "header", "net.heads.proj"] {
+            assert!(!is_within(path, "head"), "{path}");
+        }
+        assert!(is_within("h.0.mlp.fc", "0.mlp"));
+        assert!(!is_within("h.0.mlpx.fc", "0.mlp"));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod disk;
 mod fingerprint;
+mod mixed;
 mod options;
 mod report;
 mod site;
@@ -9,9 +10,10 @@ mod torchscript;
 mod weights;
 
 pub use fingerprint::{Fingerprint, WeightPrint};
+pub(crate) use mixed::MixedRows;
 pub use options::{Progress, QuantizeOptions};
 pub use report::{QuantizationReport, QuantizedWeight};
-pub(crate) use site::{Adapter, Site};
+pub(crate) use site::{Adapter, Adapters, Site};
 pub use torchscript::TorchScript;
 pub use weights::WeightRole;
 pub(crate) use weights::Weights;
@@ -111,6 +113,13 @@ impl<M> Base<M> {
         self.report = self.weights.quantize(config, &mut QuantizeOptions::new())?;
         self.fingerprint = OnceLock::new();
         Ok(())
+    }
+
+    /// Takes notice that weights were replaced: those of which `still` is false
+    /// are no longer quantised.
+    pub(crate) fn note_changes(&mut self, still: impl Fn(&str) -> bool) {
+        self.report.retain(still);
+        self.fingerprint = OnceLock::new();
     }
 
     /// Writes the base, packed as it is: `model.safetensors`, or shards of up to

@@ -16,9 +16,16 @@ pub enum WeightRole {
     Linear,
     /// A table (rows, dim) of which rows are looked up.
     Embedding,
+    /// The (in, out) weight of a layer that computes x · W, such as the
+    /// `Conv1D` of GPT-2 in `transformers`.
+    Conv1D,
     /// The (out, in / groups, kernel…) weight of a convolution over one to
     /// three dimensions.
-    Conv,
+    Conv {
+        /// Groups that input and output channels are split into; a weight
+        /// doesn't show it.
+        groups: i64,
+    },
     /// Everything else: biases, norms, buffers. Left as it is.
     Other,
 }
@@ -95,7 +102,7 @@ impl Weights {
 
     /// The linear weights with their modules' paths.
     pub(crate) fn linears(&self) -> impl Iterator<Item = (&str, &Weight)> {
-        self.layers().filter(|(_, w)| w.role == WeightRole::Linear)
+        self.layers().filter(|(_, w)| matches!(w.role, WeightRole::Linear | WeightRole::Conv1D))
     }
 
     /// The weights of linear layers, embeddings and convolutions with their
@@ -193,7 +200,7 @@ impl Weights {
 /// number of dimensions convolutions.
 fn role_by_name(path: &str, dims: usize) -> WeightRole {
     if dims > 2 {
-        return WeightRole::Conv;
+        return WeightRole::Conv { groups: 1 };
     }
     let embedding = path.split('.').any(|segment| {
         let segment = segment.to_ascii_lowercase();
@@ -234,7 +241,7 @@ mod tests {
         for path in ["model.embed_tokens", "wte", "h.0.wpe", "emb", "patch_embed.proj"] {
             assert_eq!(role_by_name(path, 2), WeightRole::Embedding, "{path}");
         }
-        assert_eq!(role_by_name("patch_embed.proj", 4), WeightRole::Conv);
+        assert_eq!(role_by_name("patch_embed.proj", 4), WeightRole::Conv { groups: 1 });
         for path in ["lm_head", "h.0.member", "q_proj"] {
             assert_eq!(role_by_name(path, 2), WeightRole::Linear, "{path}");
         }

@@ -3,7 +3,8 @@
 //! Format and defaults are those of PEFT 0.21.2; docs/formats.md shows them.
 
 use crate::error::{Error, Result};
-use crate::lora::{InitLoraWeights, LoraConfig, TargetModules};
+use crate::lora::{FOREIGN, InitLoraWeights, LayerPattern, LoraConfig, TargetModules};
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -12,34 +13,49 @@ pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// Name of the configuration's file.
 pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
 
-/// The keys of A and B of the module at `path`.
-pub(crate) fn keys(path: &str) -> [String; 2] {
-    ["lora_A", "lora_B"].map(|half| format!("base_model.model.{path}.{half}.weight"))
+/// The key of an adapter's tensor of the module at `path`, such as
+/// `base_model.model.h.0.q_proj.lora_A.weight`.
+pub(crate) fn key(path: &str, end: &str) -> String {
+    format!("base_model.model.{path}.{end}")
 }
 
-/// Fields that we act on.
-const UNDERSTOOD: [&str; 7] =
-    ["peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights"];
+/// The module path of a copy of a base weight, which PEFT adds to an adapter
+/// that targets `lm_head` or `embed_tokens`.
+pub(crate) fn base_copy_path(key: &str) -> Option<&str> {
+    key.strip_prefix("base_model.model.")?.strip_suffix(".base_layer.weight")
+}
+
+/// Fields that have a place of their own in `LoraConfig`.
+const TYPED: [&str; 21] = [
+    "alpha_pattern",
+    "bias",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layer_replication",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+];
 
 /// Fields that don't change what the adapter computes: kept as they are.
 fn passive() -> Map<String, Value> {
     map(json!({
-        "auto_mapping": null, "base_model_name_or_path": null, "inference_mode": true,
+        "auto_mapping": null, "base_model_name_or_path": null, "inference_mode": false,
         "loftq_config": {}, "megatron_core": "megatron.core", "peft_version": PEFT_VERSION,
         "qalora_group_size": 16, "revision": null, "task_type": null,
-    }))
-}
-
-/// Fields that would change it, with the value at which they don't.
-fn inert() -> Map<String, Value> {
-    map(json!({
-        "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "bias": "none",
-        "corda_config": null, "ensure_weight_tying": false, "eva_config": null, "exclude_modules": null,
-        "fan_in_fan_out": false, "kasa_config": null, "layer_replication": null, "layers_pattern": null,
-        "layers_to_transform": null, "lora_bias": false, "lora_ga_config": null, "megatron_config": null,
-        "modules_to_save": null, "monteclora_config": null, "rank_pattern": {}, "target_parameters": null,
-        "trainable_token_indices": null, "use_bdlora": null, "use_dora": false, "use_qalora": false,
-        "velora_config": null,
     }))
 }
 
@@ -56,27 +72,51 @@ fn map(value: Value) -> Map<String, Value> {
 /// The configuration as PEFT writes it: all keys, sorted, two spaces.
 pub(crate) fn config_to_json(config: &LoraConfig) -> Result<Vec<u8>> {
     let mut fields = passive();
-    fields.extend(inert());
+    fields.extend(FOREIGN.map(|(key, is_flag)| (key.to_string(), if is_flag { json!(false) } else { Value::Null })));
     fields.extend(config.other.clone());
     fields.extend(map(json!({
-        "peft_type": "LORA",
-        "r": config.r,
-        "lora_alpha": number(config.lora_alpha),
-        "lora_dropout": config.lora_dropout,
-        "target_modules": match &config.target_modules {
-            TargetModules::List(list) => json!(list),
-            TargetModules::Regex(pattern) => json!(pattern),
-            TargetModules::AllLinear => json!("all-linear"),
-        },
-        "use_rslora": config.use_rslora,
+        "alpha_pattern": pattern(&config.alpha_pattern, number),
+        "bias": config.bias,
+        "ensure_weight_tying": config.ensure_weight_tying,
+        "exclude_modules": modules(&config.exclude_modules),
+        "fan_in_fan_out": config.fan_in_fan_out,
         "init_lora_weights": match config.init_lora_weights {
             InitLoraWeights::Default => json!(true),
             InitLoraWeights::Random => json!(false),
-            InitLoraWeights::Gaussian => json!("gaussian"),
+            named => json!(named.name()),
         },
+        "layer_replication": config.layer_replication,
+        "layers_pattern": config.layers_pattern,
+        "layers_to_transform": config.layers_to_transform,
+        "lora_alpha": number(config.lora_alpha),
+        "lora_bias": config.lora_bias,
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": config.modules_to_save,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": pattern(&config.rank_pattern, Value::from),
+        "target_modules": modules(&config.target_modules),
+        "target_parameters": config.target_parameters,
+        "trainable_token_indices": config.trainable_token_indices,
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
     })));
-    fields.sort_keys();
+    let mut fields = Value::Object(fields);
+    fields.sort_all_objects();
     serde_json::to_vec_pretty(&fields).map_err(|error| Error::config("adapter_config", "JSON", error))
+}
+
+fn modules(modules: &Option<TargetModules>) -> Value {
+    match modules {
+        None => Value::Null,
+        Some(TargetModules::List(list)) => json!(list),
+        Some(TargetModules::Regex(pattern)) => json!(pattern),
+        Some(TargetModules::AllLinear) => json!("all-linear"),
+    }
+}
+
+fn pattern<T: Copy + PartialEq>(pattern: &LayerPattern<T>, value: impl Fn(T) -> Value) -> Value {
+    Value::Object(pattern.entries().map(|(pattern, v)| (pattern.to_string(), value(v))).collect())
 }
 
 /// PEFT's alpha is an integer where it can be.
@@ -91,8 +131,33 @@ pub(crate) struct ReadConfig {
     pub(crate) unknown: Vec<String>,
 }
 
-/// Reads `adapter_config.json`. Keys that we don't know are kept and reported;
-/// features that we don't have are refused by name.
+impl LoraConfig {
+    /// Reads the `adapter_config.json` of an adapter's folder.
+    ///
+    /// Fields that this version can't act on are kept;
+    /// [`LoraModel`](crate::LoraModel) refuses an adapter that needs them.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Corrupt`] for a field of another type,
+    /// [`Error::Config`] for one out of range, [`Error::Unsupported`] for
+    /// another kind of adapter than LoRA.
+    pub fn from_pretrained(folder: impl AsRef<Path>) -> Result<Self> {
+        Ok(read_config(folder.as_ref())?.config)
+    }
+
+    /// Writes `adapter_config.json` into the folder, which is made.
+    ///
+    /// PEFT applies the patterns of `rank_pattern` and `alpha_pattern` in
+    /// sorted order; see [`LayerPattern`].
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
+        super::write_files(folder.as_ref(), &[(CONFIG_FILE.into(), config_to_json(self)?)])
+    }
+}
+
+/// Reads `adapter_config.json`. Keys that we don't know are kept and reported.
 pub(crate) fn read_config(folder: &Path) -> Result<ReadConfig> {
     let path = folder.join(CONFIG_FILE);
     let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
@@ -103,59 +168,48 @@ pub(crate) fn config_from_json(path: &Path, bytes: &[u8]) -> Result<ReadConfig> 
     let fields: Map<String, Value> =
         serde_json::from_slice(bytes).map_err(|error| Error::corrupt(path, format!("not a JSON object ({error})")))?;
     let reader = Reader { path, fields: &fields };
-    let (passive, inert) = (passive(), inert());
-    let (mut other, mut unknown, mut unsupported) = (Map::new(), Vec::new(), Vec::new());
     if reader.get("peft_type") != Some(&json!("LORA")) {
-        unsupported.push(format!("peft_type = {}", reader.get("peft_type").unwrap_or(&Value::Null)));
+        let found = reader.get("peft_type").unwrap_or(&Value::Null);
+        return Err(Error::Unsupported { fields: vec![format!("peft_type = {found}")] });
     }
-    for (key, value) in &fields {
-        if UNDERSTOOD.contains(&key.as_str()) {
-            continue;
-        } else if let Some(default) = inert.get(key) {
-            if !means_nothing(value) && value != default {
-                unsupported.push(format!("{key} = {value}"));
-            }
-        } else {
-            if !passive.contains_key(key) {
-                unknown.push(key.clone());
-            }
-            other.insert(key.clone(), value.clone());
+    let passive = passive();
+    let (mut other, mut unknown) = (Map::new(), Vec::new());
+    for (key, value) in fields.iter().filter(|(key, _)| !TYPED.contains(&key.as_str())) {
+        if !passive.contains_key(key) && !FOREIGN.iter().any(|(foreign, _)| foreign == key) {
+            unknown.push(key.clone());
         }
+        other.insert(key.clone(), value.clone());
     }
-    let init_lora_weights = match reader.get("init_lora_weights") {
-        None | Some(Value::Bool(true)) => InitLoraWeights::Default,
-        Some(Value::Bool(false)) => InitLoraWeights::Random,
-        Some(Value::String(name)) if name == "gaussian" => InitLoraWeights::Gaussian,
-        Some(value) => {
-            unsupported.push(format!("init_lora_weights = {value}"));
-            InitLoraWeights::Default
-        }
-    };
-    unsupported.sort();
-    if !unsupported.is_empty() {
-        return Err(Error::Unsupported { fields: unsupported });
-    }
+    let flag = |key| Ok::<_, Error>(reader.read(key, "true or false")?.unwrap_or(false));
+    let default = LoraConfig::default();
     let config = LoraConfig {
-        r: reader.typed("r", "an integer", Value::as_i64)?.unwrap_or(8),
-        lora_alpha: reader.typed("lora_alpha", "a number", Value::as_f64)?.unwrap_or(8.0),
-        lora_dropout: reader.typed("lora_dropout", "a number", Value::as_f64)?.unwrap_or(0.0),
-        target_modules: reader.target_modules()?,
-        use_rslora: reader.typed("use_rslora", "true or false", Value::as_bool)?.unwrap_or(false),
-        init_lora_weights,
+        r: reader.read("r", "an integer")?.unwrap_or(default.r),
+        lora_alpha: reader.read("lora_alpha", "a number")?.unwrap_or(default.lora_alpha),
+        lora_dropout: reader.read("lora_dropout", "a number")?.unwrap_or(default.lora_dropout),
+        target_modules: reader.modules("target_modules")?,
+        exclude_modules: reader.modules("exclude_modules")?,
+        layers_to_transform: reader.read("layers_to_transform", "an integer or a list of integers")?,
+        layers_pattern: reader.read("layers_pattern", "a name or a list of names")?,
+        rank_pattern: reader.pattern("rank_pattern", "integers by patterns")?,
+        alpha_pattern: reader.pattern("alpha_pattern", "numbers by patterns")?,
+        modules_to_save: reader.read("modules_to_save", NAMES)?,
+        bias: reader.read("bias", "\"none\", \"all\" or \"lora_only\"")?.unwrap_or_default(),
+        lora_bias: flag("lora_bias")?,
+        fan_in_fan_out: flag("fan_in_fan_out")?,
+        use_rslora: flag("use_rslora")?,
+        use_dora: flag("use_dora")?,
+        init_lora_weights: reader.init()?,
+        trainable_token_indices: reader.read("trainable_token_indices", "rows, or rows by modules")?,
+        target_parameters: reader.read("target_parameters", NAMES)?,
+        ensure_weight_tying: flag("ensure_weight_tying")?,
+        layer_replication: reader.read("layer_replication", "a list of [start, end]")?,
+        dtype: None,
         other,
     };
     Ok(ReadConfig { config: config.validate()?, unknown })
 }
 
-/// `null`, `false` and empty containers ask for nothing.
-fn means_nothing(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Array(list) => list.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        _ => false,
-    }
-}
+const NAMES: &str = "a list of names";
 
 struct Reader<'a> {
     path: &'a Path,
@@ -168,25 +222,40 @@ impl<'a> Reader<'a> {
         self.fields.get(key).filter(|value| !value.is_null())
     }
 
-    fn typed<T>(&self, key: &str, expected: &str, cast: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        match cast(value) {
-            Some(value) => Ok(Some(value)),
-            None => Err(Error::corrupt(self.path, format!("`{key}` is {value}; expected {expected}"))),
-        }
+    fn wrong(&self, key: &str, value: &Value, expected: &str) -> Error {
+        Error::corrupt(self.path, format!("`{key}` is {value}; expected {expected}"))
     }
 
-    fn target_modules(&self) -> Result<TargetModules> {
-        let wrong = |found: &dyn std::fmt::Display| {
-            Error::corrupt(self.path, format!("`target_modules` is {found}; expected names or a pattern"))
-        };
-        match self.get("target_modules") {
-            Some(Value::String(pattern)) => Ok(pattern.as_str().into()),
-            Some(Value::Array(list)) => {
-                let names: Option<Vec<&str>> = list.iter().map(Value::as_str).collect();
-                Ok(names.ok_or_else(|| wrong(&Value::from(list.clone())))?.into())
+    fn read<T: DeserializeOwned>(&self, key: &str, expected: &str) -> Result<Option<T>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        T::deserialize(value).map(Some).map_err(|_| self.wrong(key, value, expected))
+    }
+
+    fn modules(&self, key: &str) -> Result<Option<TargetModules>> {
+        if let Some(Value::String(pattern)) = self.get(key) {
+            return Ok(Some(pattern.as_str().into()));
+        }
+        Ok(self.read::<Vec<String>>(key, "names or a pattern")?.map(TargetModules::List))
+    }
+
+    /// Values by patterns, in the order of the file.
+    fn pattern<T: DeserializeOwned + Copy + PartialEq>(&self, key: &str, expected: &str) -> Result<LayerPattern<T>> {
+        let Some(value) = self.get(key) else { return Ok(LayerPattern::default()) };
+        let entries = value.as_object().and_then(|object| {
+            let entry = |(pattern, value): (&String, &Value)| Some((pattern.clone(), T::deserialize(value).ok()?));
+            object.iter().map(entry).collect::<Option<Vec<_>>>()
+        });
+        entries.map(LayerPattern::new).ok_or_else(|| self.wrong(key, value, expected))
+    }
+
+    fn init(&self) -> Result<InitLoraWeights> {
+        match self.get("init_lora_weights") {
+            None => Ok(InitLoraWeights::Default),
+            Some(Value::Bool(on)) => Ok((*on).into()),
+            Some(value) => {
+                let known = value.as_str().and_then(InitLoraWeights::from_name);
+                known.ok_or_else(|| Error::Unsupported { fields: vec![format!("init_lora_weights = {value}")] })
             }
-            other => Err(wrong(&other.unwrap_or(&Value::Null))),
         }
     }
 }
@@ -208,13 +277,18 @@ mod tests {
             .target_modules(["a", "b"])
             .use_rslora(true)
             .init_lora_weights(InitLoraWeights::Gaussian)
+            .rank_pattern([("v", 2), ("a", 3)])
+            .layers_to_transform(1)
+            .trainable_token_indices([("wte", [3, 5])])
             .build()
             .unwrap();
         let bytes = config_to_json(&config).unwrap();
         let again = config_from_json(Path::new("x"), &bytes).unwrap();
-        assert!(config.differences(&again.config).is_empty());
+        assert_eq!(again.config.differences(&config).len(), 1);
         assert!(again.unknown.is_empty());
         assert_eq!(config_to_json(&again.config).unwrap(), bytes);
+        // Patterns are sorted in the file, as PEFT sorts them.
+        assert_eq!(again.config.rank_pattern.entries().collect::<Vec<_>>(), [("a", 3), ("v", 2)]);
     }
 
     #[test]
@@ -224,10 +298,11 @@ mod tests {
         let text = String::from_utf8(config_to_json(&found.config).unwrap()).unwrap();
         assert!(text.contains("\"new_thing\": {"), "{text}");
 
-        let error =
-            read(json!({"peft_type": "LORA", "target_modules": "x", "use_dora": true, "bias": "all"})).unwrap_err();
+        let lacking =
+            json!({"peft_type": "LORA", "target_modules": "x", "use_dora": true, "ensure_weight_tying": true});
+        let error = read(lacking).unwrap().config.check_supported().unwrap_err();
         let Error::Unsupported { fields } = error else { panic!("{error}") };
-        assert_eq!(fields, ["bias = \"all\"", "use_dora = true"]);
+        assert_eq!(fields, ["ensure_weight_tying = true", "use_dora = true"]);
         assert!(matches!(read(json!({"peft_type": "LOHA"})), Err(Error::Unsupported { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": 3})), Err(Error::Corrupt { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": "x", "r": 0})), Err(Error::Config { .. })));

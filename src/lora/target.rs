@@ -1,45 +1,125 @@
-//! From `target_modules` to the layers it means.
+//! From a configuration to the layers it means, by PEFT's rules.
 
-use super::TargetModules;
+use super::config::{NO_LOOK_AROUND, compile, layer_number, whole};
+use super::{LoraConfig, TargetModules};
 use crate::error::{Error, Result};
-use crate::names::{near, suffix_matches};
+use crate::names::{is_within, near, suffix_matches};
 use regex::Regex;
 
 /// The output layer, which PEFT's `all-linear` leaves out.
 const OUTPUT_LAYER: &str = "lm_head";
 
-/// The paths among `linears` that the target means, in their order.
-///
-/// # Errors
-/// [`Error::NoTarget`] if nothing matches, or if one entry of a list doesn't.
-pub(crate) fn resolve(target: &TargetModules, linears: &[&str]) -> Result<Vec<String>> {
-    let none = |target: &str| Error::NoTarget { target: target.into(), near: near(target, linears.iter().copied()) };
-    let matches: Box<dyn Fn(&str) -> bool> = match target {
-        TargetModules::List(list) => {
-            for entry in list {
-                if !linears.iter().any(|path| suffix_matches(path, entry)) {
-                    return Err(none(entry));
-                }
-            }
-            Box::new(|path| list.iter().any(|entry| suffix_matches(path, entry)))
-        }
-        TargetModules::Regex(pattern) => {
-            let regex = whole(pattern)?;
-            Box::new(move |path| regex.is_match(path))
-        }
-        TargetModules::AllLinear => Box::new(|path| !suffix_matches(path, OUTPUT_LAYER)),
-    };
-    let found: Vec<String> = linears.iter().filter(|path| matches(path)).map(|s| s.to_string()).collect();
-    if found.is_empty() { Err(none(&target.to_string())) } else { Ok(found) }
+/// Names of modules, or one expression for them.
+enum Names<'a> {
+    List(&'a [String]),
+    Regex(Regex),
+    AllLinear,
 }
 
-/// A pattern that must match a path as a whole, as Python's `re.fullmatch`.
-pub(super) fn whole(pattern: &str) -> Result<Regex> {
-    Regex::new(&format!("^(?:{pattern})$")).map_err(|error| {
-        let reason = error.to_string();
-        let reason = reason.lines().last().unwrap_or_default().trim().to_string();
-        Error::config("target_modules", "a regular expression without look-around", format!("{pattern:?} ({reason})"))
-    })
+impl<'a> Names<'a> {
+    fn new(field: &str, modules: &'a TargetModules) -> Result<Self> {
+        Ok(match modules {
+            TargetModules::List(list) => Names::List(list),
+            TargetModules::Regex(pattern) => Names::Regex(regex(field, &whole(pattern))?),
+            TargetModules::AllLinear => Names::AllLinear,
+        })
+    }
+
+    fn matches(&self, path: &str) -> bool {
+        match self {
+            Names::List(list) => list.iter().any(|entry| suffix_matches(path, entry)),
+            Names::Regex(regex) => regex.is_match(path),
+            Names::AllLinear => !suffix_matches(path, OUTPUT_LAYER),
+        }
+    }
+}
+
+/// A configuration's rules, made ready for many paths.
+pub(super) struct Matcher<'a> {
+    target: Option<Names<'a>>,
+    excluded: Option<Names<'a>>,
+    saved: &'a [String],
+    layers: &'a [i64],
+    numbers: Vec<Regex>,
+}
+
+impl<'a> Matcher<'a> {
+    pub(super) fn new(config: &'a LoraConfig) -> Result<Self> {
+        let names = |field, modules: &'a Option<TargetModules>| {
+            modules.as_ref().map(|modules| Names::new(field, modules)).transpose()
+        };
+        let any = [String::new()];
+        let patterns = match config.layers_pattern() {
+            [] => &any,
+            patterns => patterns,
+        };
+        let numbers = patterns.iter().map(|name| regex("layers_pattern", &layer_number(name)));
+        Ok(Matcher {
+            target: names("target_modules", &config.target_modules)?,
+            excluded: names("exclude_modules", &config.exclude_modules)?,
+            saved: config.modules_to_save(),
+            layers: config.layers_to_transform(),
+            numbers: numbers.collect::<Result<_>>()?,
+        })
+    }
+
+    pub(super) fn matches(&self, path: &str) -> bool {
+        if self.excluded.as_ref().is_some_and(|names| names.matches(path)) {
+            return false;
+        }
+        // What is trained as a whole is not adapted, nor is what lies in it.
+        if self.saved.iter().any(|entry| is_within(path, entry)) {
+            return false;
+        }
+        match &self.target {
+            None => false,
+            // A whole path counts in any layer.
+            Some(Names::List(list)) if list.iter().any(|entry| entry == path) => true,
+            Some(names) => names.matches(path) && self.in_layers(path),
+        }
+    }
+
+    fn in_layers(&self, path: &str) -> bool {
+        if self.layers.is_empty() {
+            return true;
+        }
+        let number = self.numbers.iter().find_map(|regex| regex.captures(path)?.name("idx"));
+        number.and_then(|digits| digits.as_str().parse().ok()).is_some_and(|layer: i64| self.layers.contains(&layer))
+    }
+}
+
+fn regex(field: &str, pattern: &str) -> Result<Regex> {
+    compile(pattern).map_err(|reason| Error::config(field, NO_LOOK_AROUND, format!("{pattern:?} ({reason})")))
+}
+
+/// The paths among `linears` that the configuration means, in their order.
+///
+/// # Errors
+/// [`Error::NoTarget`] if nothing matches, or if one entry of a list doesn't;
+/// [`Error::Config`] if the target matches and its filters leave nothing.
+pub(crate) fn resolve(config: &LoraConfig, linears: &[&str]) -> Result<Vec<String>> {
+    let none = |target: &str| Error::NoTarget { target: target.into(), near: near(target, linears.iter().copied()) };
+    if let Some(TargetModules::List(list)) = &config.target_modules {
+        for entry in list {
+            if !linears.iter().any(|path| suffix_matches(path, entry)) {
+                return Err(none(entry));
+            }
+        }
+    }
+    let matcher = Matcher::new(config)?;
+    let found: Vec<String> = linears.iter().filter(|path| matcher.matches(path)).map(|s| s.to_string()).collect();
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    let target = matcher.target.as_ref();
+    if target.is_some_and(|target| linears.iter().any(|path| target.matches(path))) {
+        return Err(Error::config(
+            "target_modules",
+            "modules that exclude_modules, modules_to_save and layers_to_transform leave over",
+            config.target_modules.as_ref().map_or(String::new(), ToString::to_string),
+        ));
+    }
+    Err(none(&config.target_modules.as_ref().map_or(String::new(), ToString::to_string)))
 }
 
 #[cfg(test)]
@@ -48,8 +128,12 @@ mod tests {
 
     const PATHS: [&str; 5] = ["h.0.q_proj", "h.0.v_proj", "h.1.q_proj", "h.1.xq_proj", "lm_head"];
 
+    fn config(target: impl Into<TargetModules>) -> LoraConfig {
+        LoraConfig::builder().target_modules(target).build().unwrap()
+    }
+
     fn found(target: impl Into<TargetModules>) -> Vec<String> {
-        resolve(&target.into(), &PATHS).unwrap()
+        resolve(&config(target), &PATHS).unwrap()
     }
 
     #[test]
@@ -63,11 +147,15 @@ mod tests {
 
     #[test]
     fn what_matches_nothing_is_named_with_near_names() {
-        let error = resolve(&["q_proj", "k_proj"].into(), &PATHS).unwrap_err();
+        let error = resolve(&config(["q_proj", "k_proj"]), &PATHS).unwrap_err();
         let Error::NoTarget { target, near } = &error else { panic!("{error}") };
         assert_eq!(target, "k_proj");
         assert!(near.contains(&"h.0.q_proj".to_string()), "{near:?}");
-        assert!(resolve(&"q_proj".into(), &PATHS).is_err(), "a pattern must match the whole path");
-        assert!(matches!(resolve(&"(?=x)".into(), &PATHS), Err(Error::Config { .. })));
+        assert!(resolve(&config("q_proj"), &PATHS).is_err(), "a pattern must match the whole path");
+        let filtered = LoraConfig::builder().target_modules(["q_proj"]).exclude_modules(["q_proj"]).build().unwrap();
+        let error = resolve(&filtered, &PATHS).unwrap_err();
+        assert!(matches!(&error, Error::Config { field, .. } if field == "target_modules"), "{error}");
+        let look_around = LoraConfig::builder().target_modules("(?=x)").build().unwrap_err();
+        assert!(look_around.to_string().contains("look-around"), "{look_around}");
     }
 }

@@ -7,6 +7,7 @@ mod blocks;
 mod code;
 mod cpu;
 mod scales;
+pub(super) use scales::NESTED_BLOCK;
 
 use super::{PackedWeight, Parts, Scheme};
 use crate::error::Result;

@@ -1,0 +1,155 @@
+//! The builder of `LoraConfig`.
+
+use super::{Bias, InitLoraWeights, LayerPattern, LoraConfig, OneOrMany, TargetModules, TokenIndices};
+use crate::error::Result;
+use serde_json::json;
+use tch::Kind;
+
+/// Makes a [`LoraConfig`].
+#[derive(Debug, Clone, Default)]
+#[must_use = "call build()"]
+pub struct LoraConfigBuilder {
+    config: LoraConfig,
+}
+
+impl LoraConfigBuilder {
+    fn with(mut self, change: impl FnOnce(&mut LoraConfig)) -> Self {
+        change(&mut self.config);
+        self
+    }
+
+    /// Rank of the adapters, at least 1.
+    pub fn r(self, r: i64) -> Self {
+        self.with(|c| c.r = r)
+    }
+
+    /// The numerator of the scale, see [`LoraConfig::scaling`].
+    pub fn lora_alpha(self, alpha: f64) -> Self {
+        self.with(|c| c.lora_alpha = alpha)
+    }
+
+    /// Probability in [0, 1) that an input feature is dropped on the way to A
+    /// while training; the others are scaled by 1/(1 − p).
+    pub fn lora_dropout(self, p: f64) -> Self {
+        self.with(|c| c.lora_dropout = p)
+    }
+
+    /// A list of names, a regular expression, or `"all-linear"`.
+    pub fn target_modules(self, target: impl Into<TargetModules>) -> Self {
+        self.with(|c| c.target_modules = Some(target.into()))
+    }
+
+    /// Names or a regular expression of modules that are left out although the
+    /// target means them.
+    pub fn exclude_modules(self, modules: impl Into<TargetModules>) -> Self {
+        self.with(|c| c.exclude_modules = Some(modules.into()))
+    }
+
+    /// Adapts in these layers only: the first number in a module's path, after
+    /// at least one other segment. Entries of the target that are whole paths
+    /// count in any layer. For a target that is a list.
+    pub fn layers_to_transform(self, layers: impl Into<OneOrMany<i64>>) -> Self {
+        self.with(|c| c.layers_to_transform = Some(layers.into()))
+    }
+
+    /// The names of the lists of layers, where `layers_to_transform` must not
+    /// count the first number of a path: `h`, `layers`, …
+    pub fn layers_pattern(self, names: impl Into<OneOrMany<String>>) -> Self {
+        self.with(|c| c.layers_pattern = Some(names.into()))
+    }
+
+    /// Ranks of some of the layers, see [`LayerPattern`].
+    pub fn rank_pattern<S: Into<String>>(self, ranks: impl IntoIterator<Item = (S, i64)>) -> Self {
+        self.with(|c| c.rank_pattern = LayerPattern::new(ranks))
+    }
+
+    /// Numerators of the scale of some of the layers, see [`LayerPattern`].
+    pub fn alpha_pattern<S: Into<String>>(self, alphas: impl IntoIterator<Item = (S, f64)>) -> Self {
+        self.with(|c| c.alpha_pattern = LayerPattern::new(alphas))
+    }
+
+    /// Modules of which a full copy is trained and saved: whole paths or their
+    /// last segments.
+    pub fn modules_to_save<S: Into<String>>(self, modules: impl IntoIterator<Item = S>) -> Self {
+        self.with(|c| c.modules_to_save = Some(modules.into_iter().map(Into::into).collect()))
+    }
+
+    /// Which biases of the base are trained.
+    pub fn bias(self, bias: Bias) -> Self {
+        self.with(|c| c.bias = bias)
+    }
+
+    /// Gives B a bias.
+    pub fn lora_bias(self, on: bool) -> Self {
+        self.with(|c| c.lora_bias = on)
+    }
+
+    /// The weights are stored as (in, out), as GPT-2's `Conv1D` does.
+    pub fn fan_in_fan_out(self, on: bool) -> Self {
+        self.with(|c| c.fan_in_fan_out = on)
+    }
+
+    /// Scale by alpha/√r instead of alpha/r.
+    pub fn use_rslora(self, on: bool) -> Self {
+        self.with(|c| c.use_rslora = on)
+    }
+
+    /// Train magnitude and direction apart (DoRA, arXiv:2402.09353).
+    pub fn use_dora(self, on: bool) -> Self {
+        self.with(|c| c.use_dora = on)
+    }
+
+    /// How A and B start: `true`, `false`, or an [`InitLoraWeights`].
+    pub fn init_lora_weights(self, init: impl Into<InitLoraWeights>) -> Self {
+        self.with(|c| c.init_lora_weights = init.into())
+    }
+
+    /// Rows of embeddings that are trained as they are: of the input
+    /// embedding, or of each module named.
+    pub fn trainable_token_indices(self, rows: impl Into<TokenIndices>) -> Self {
+        self.with(|c| c.trainable_token_indices = Some(rows.into()))
+    }
+
+    /// Parameters that are adapted by their own names, such as the
+    /// three-dimensional weights of experts.
+    pub fn target_parameters<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
+        self.with(|c| c.target_parameters = Some(names.into_iter().map(Into::into).collect()))
+    }
+
+    /// Keeps what is trained of a tied weight tied.
+    pub fn ensure_weight_tying(self, on: bool) -> Self {
+        self.with(|c| c.ensure_weight_tying = on)
+    }
+
+    /// Stacks layers anew from ranges [start, end) of the base's.
+    pub fn layer_replication(self, ranges: impl IntoIterator<Item = (i64, i64)>) -> Self {
+        self.with(|c| c.layer_replication = Some(ranges.into_iter().collect()))
+    }
+
+    /// The dtype that A and B are kept and trained in. By default f32, also on
+    /// a base of bf16 or f16, as in PEFT; f64 on a base of f64. The products
+    /// run in the dtype of the model's activations, whatever this is. A file
+    /// keeps the dtype that the tensors have.
+    pub fn dtype(self, kind: Kind) -> Self {
+        self.with(|c| c.dtype = Some(kind))
+    }
+
+    /// What the model is for, as PEFT names it: `CAUSAL_LM`, `SEQ_CLS`, …
+    /// Recorded for other programs.
+    pub fn task_type(self, name: &str) -> Self {
+        self.with(|c| drop(c.other.insert("task_type".into(), json!(name))))
+    }
+
+    /// Where the base came from. Recorded for other programs.
+    pub fn base_model_name_or_path(self, name: &str) -> Self {
+        self.with(|c| drop(c.other.insert("base_model_name_or_path".into(), json!(name))))
+    }
+
+    /// Checks the values.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config), naming the field.
+    pub fn build(self) -> Result<LoraConfig> {
+        self.config.validate()
+    }
+}

@@ -1,0 +1,60 @@
+//! Which features this version lacks, so that an adapter that needs one is refused by name.
+
+use super::{InitLoraWeights, LoraConfig};
+use crate::error::{Error, Result};
+use serde_json::{Value, json};
+
+/// Fields of variants that we don't have. They are kept as they are, and
+/// refused unless they mean nothing. Each with whether PEFT's default is
+/// `false`; else it is `null`.
+pub(crate) const FOREIGN: [(&str, bool); 11] = [
+    ("alora_invocation_tokens", false),
+    ("arrow_config", false),
+    ("corda_config", false),
+    ("eva_config", false),
+    ("kasa_config", false),
+    ("lora_ga_config", false),
+    ("megatron_config", false),
+    ("monteclora_config", false),
+    ("use_bdlora", false),
+    ("use_qalora", true),
+    ("velora_config", false),
+];
+
+/// `null`, `false` and empty containers ask for nothing.
+pub(crate) fn means_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+impl LoraConfig {
+    /// Refuses a configuration that needs a feature that this version lacks.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with every such field.
+    pub(crate) fn check_supported(&self) -> Result<()> {
+        let mut fields = Vec::new();
+        let mut lacks = |field: &str, value: Value| {
+            if !means_nothing(&value) {
+                fields.push(format!("{field} = {value}"));
+            }
+        };
+        for (key, _) in FOREIGN {
+            lacks(key, self.other.get(key).cloned().unwrap_or(Value::Null));
+        }
+        let init = self.init_lora_weights;
+        if !matches!(init, InitLoraWeights::Default | InitLoraWeights::Gaussian | InitLoraWeights::Random) {
+            lacks("init_lora_weights", json!(init.name()));
+        }
+        lacks("ensure_weight_tying", json!(self.ensure_weight_tying));
+        lacks("layer_replication", json!(self.layer_replication));
+        lacks("target_parameters", json!(self.target_parameters));
+        lacks("trainable_token_indices", json!(self.trainable_token_indices));
+        fields.sort();
+        if fields.is_empty() { Ok(()) } else { Err(Error::Unsupported { fields }) }
+    }
+}
