@@ -60,8 +60,7 @@ fn loading_holds_little_more_than_the_packed_weights(base: &Base<Vec<nn::Linear>
     let _ = fs::remove_dir_all(&folder);
     base.save_quantized(&folder).unwrap();
     let vs = nn::VarStore::new(Device::Cpu);
-    let layers: Vec<_> =
-        (0..LAYERS).map(|i| nn::linear(vs.root() / "h" / i, 2048, 4096, Default::default())).collect();
+    let layers: Vec<_> = (0..LAYERS).map(|i| nn::linear(vs.root() / "h" / i, 2048, 4096, Default::default())).collect();
     let before = status("VmRSS");
     fs::write("/proc/self/clear_refs", "5").unwrap();
     let loaded = Base::new(vs, layers).load_quantized(&folder).unwrap();

@@ -289,3 +289,60 @@ fn errors_are_those_of_the_peers() {
         }
     }
 }
+
+/// The largest error of a value, as a share of the largest magnitude in the weight: half the widest
+/// gap between codes, and a little for rounded scales and dtypes.
+fn bound(scheme: Scheme) -> f64 {
+    0.02 + match scheme {
+        Scheme::Int8 | Scheme::LlmInt8 => 0.5 / 127.0,
+        Scheme::Int4 { .. } => 1.0 / 15.0,
+        Scheme::Int2 { .. } => 1.0 / 3.0,
+        Scheme::Fp8 { format: Fp8Format::E4m3 } => 1.0 / 16.0,
+        Scheme::Fp8 { .. } => 1.0 / 8.0,
+        Scheme::Nf4 { double_quant, .. } | Scheme::Fp4 { double_quant, .. } => {
+            if double_quant {
+                0.25
+            } else {
+                1.0 / 6.0
+            }
+        }
+        // What is nearly 8 saturates at 6.
+        Scheme::Mxfp4 => 0.25,
+        _ => 0.0,
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig {
+        cases: 200,
+        failure_persistence: None,
+        ..Default::default()
+    })]
+
+    /// Packed and unpacked, every value is near what it was; and any range of rows, in any dtype, is
+    /// that part of the whole.
+    #[test]
+    fn unpacking_undoes_packing(
+        scheme in proptest::sample::select(SCHEMES.to_vec()),
+        kind in proptest::sample::select(vec![Kind::Float, Kind::BFloat16, Kind::Half]),
+        rows in 1..40i64,
+        columns in 1..200i64,
+        first in proptest::prelude::any::<proptest::sample::Index>(),
+        exponent in -3..3i32,
+    ) {
+        let _rng = common::rng();
+        let weight = Tensor::randn([rows, columns], (Kind::Float, Device::Cpu)) * 10f64.powi(exponent);
+        let weight = weight.to_kind(kind);
+        let packed = quantize("w", &weight, scheme).unwrap();
+        let values = packed.dequantize(Kind::Float).unwrap();
+        let largest = f64::try_from(weight.abs().max()).unwrap();
+        let error = f64::try_from((&values - weight.to_kind(Kind::Float)).abs().max()).unwrap();
+        if !matches!(scheme, Scheme::Int4 { hqq: true, .. } | Scheme::Int2 { hqq: true, .. }) {
+            proptest::prop_assert!(error <= bound(scheme) * largest, "{}: {} of {}", scheme, error, largest);
+        }
+        let first = first.index(rows as usize) as i64;
+        let mut part = Tensor::zeros([rows - first, columns], (Kind::Float, Device::Cpu));
+        packed.unpack_rows(first, &mut part).unwrap();
+        assert_same(&format!("{scheme}"), &part, &values.narrow(0, first, rows - first));
+    }
+}
