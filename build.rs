@@ -24,11 +24,12 @@ fn main() {
         .cpp(true)
         .pic(true)
         .warnings(false)
+        .debug(false)
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .flag("-std=c++17")
         .flag(format!("-D_GLIBCXX_USE_CXX11_ABI={abi}"))
-        .files(["csrc/hook.cpp", "csrc/autograd.cpp", "csrc/runtime.cpp", "csrc/cuda.cpp"])
+        .files(["csrc/hook.cpp", "csrc/autograd.cpp", "csrc/optim.cpp", "csrc/runtime.cpp", "csrc/cuda.cpp"])
         .compile("tch_peft");
     // For this package's own tests, examples and benches; a program that
     // depends on the crate finds libtorch as it does for tch.

@@ -3,7 +3,7 @@
 // A Rust program links libtorch_cuda by name only, so the linker drops it and
 // `Device::cuda_if_available()` would answer CPU. It is loaded here, from the
 // folder that libtorch_cpu came from, when the machine has a CUDA driver.
-#include <torch/version.h>
+#include <ATen/Context.h>
 
 #include <string>
 

@@ -5,6 +5,8 @@
 // operators that consume weights to Rust; a boxed fallback serves every other
 // operator with the dense effective value, and refuses those that would write.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include <algorithm>

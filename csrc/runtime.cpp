@@ -2,8 +2,8 @@
 // dtype, TorchScript's module tree; and loading CUDA.
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
-#include <torch/script.h>
 
 #include <vector>
 #if defined(__GLIBC__)

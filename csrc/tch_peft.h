@@ -2,7 +2,7 @@
 // policy. Every function that can fail returns NULL or a message that the
 // caller frees with tp_free_message; nothing throws across this border.
 #pragma once
-#include <torch/torch.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -89,6 +89,21 @@ char* tp_set_generator_state(int device, tp_tensor state);
 char* tp_fused_adamw(const tp_tensor* params, const tp_tensor* grads, const tp_tensor* exp_avgs,
                      const tp_tensor* exp_avg_sqs, const tp_tensor* steps, size_t n, double lr, double beta1,
                      double beta2, double weight_decay, double eps);
+
+// Borrowed tensors.
+struct tp_list {
+  const tp_tensor* cells;
+  size_t len;
+};
+
+char* tp_foreach_mul(tp_list self, double factor);
+char* tp_foreach_add(tp_list self, tp_list other, double alpha);
+char* tp_foreach_addcmul(tp_list self, tp_list a, tp_list b, double value);
+char* tp_foreach_addcdiv(tp_list self, tp_list a, tp_list b, double value);
+char* tp_foreach_clamp(tp_list self, double least, double most);
+char* tp_unscale(tp_list grads, tp_tensor found_inf, tp_tensor inverse_scale);
+char* tp_fused_sgd(tp_list params, tp_list grads, tp_list buffers, double weight_decay, double momentum, double lr,
+                   double dampening, bool nesterov, bool is_first_step);
 
 int tp_autocast_kind(int device);
 bool tp_set_graph_executor_optimize(bool on);

@@ -179,6 +179,16 @@ pub enum Error {
         reasons: Vec<String>,
     },
 
+    /// A checkpoint could not be written. Those from before are as they were,
+    /// and so is the run: training can go on, and the next checkpoint may work.
+    #[error("the checkpoint of step {step} was not saved: {source}")]
+    NotSaved {
+        /// The step whose state is not on disk.
+        step: u64,
+        /// The cause, mostly an [`Error::Io`].
+        source: Box<Error>,
+    },
+
     /// Another run, in this process or another, writes into the folder.
     #[error("{path}: another run is using this folder; wait until it ends, or choose another folder")]
     RunInUse {

@@ -17,7 +17,7 @@
 //!
 //! ```no_run
 //! use tch::{Device, Kind, nn};
-//! use tch_peft::{AdamW, Base, LoraConfig, LoraModel, Parts, QuantConfig, Run, Sampler, Schedule};
+//! use tch_peft::{AdamW, Base, LoraConfig, LoraModel, Optimizer, Parts, QuantConfig, Run, Sampler, Schedule};
 //! # fn batch(rows: &[usize]) -> tch::Tensor { unimplemented!() }
 //!
 //! // Any tch model, unchanged.
@@ -38,24 +38,13 @@
 //! let mut run = Run::builder("runs/a").every(50).keep(2).build()?;
 //!
 //! // The same command starts the run and goes on with it.
-//! run.resume_or_start(&mut Parts {
-//!     model: &mut model,
-//!     optimizer: &mut optimizer,
-//!     schedule: &schedule,
-//!     sampler: &mut sampler,
-//! })?;
+//! run.resume_or_start(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler))?;
 //! while run.current_step() < 1000 {
-//!     let rows = sampler.next_batch();
-//!     let loss = model.forward(&batch(&rows))?.mean(Kind::Float);
+//!     let loss = model.forward(&batch(&sampler.next_batch()))?.mean(Kind::Float);
 //!     loss.f_backward()?;
-//!     tch_peft::Optimizer::step(&mut optimizer)?;
-//!     tch_peft::Optimizer::zero_grad(&mut optimizer);
-//!     run.step(&mut Parts {
-//!         model: &mut model,
-//!         optimizer: &mut optimizer,
-//!         schedule: &schedule,
-//!         sampler: &mut sampler,
-//!     })?;
+//!     optimizer.step()?;
+//!     optimizer.zero_grad()?;
+//!     run.step(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler))?;
 //! }
 //! model.save_pretrained("adapter")?; // loads in HF PEFT, and in other programs
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -82,7 +71,9 @@ pub mod quant;
 mod train;
 
 pub use base::{Base, Fingerprint, QuantizationReport, QuantizedWeight, TorchScript, WeightPrint, WeightRole};
-pub use checkpoint::{Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport};
+pub use checkpoint::{
+    Best, Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport,
+};
 pub use error::{Error, Result};
 pub use ffi::runtime::cuda_status;
 pub use format::LoadReport;
@@ -96,6 +87,13 @@ pub use model::{
 };
 pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
 pub use train::{
-    AdamW, AdamWBuilder, Optimizer, OptimizerState, RngState, Sampler, SamplerState, Schedule, State, Stateful,
-    clip_grad_norm,
+    Adafactor, AdafactorRule, AdamW, AdamW8bit, AdamW8bitRule, AdamWBuilder, AdamWRule, GroupedOptimizer, Lion,
+    LionRule, Optimizer, OptimizerBuilder, OptimizerState, ParameterGroup, RngState, Sampler, SamplerState, Schedule,
+    Sgd, SgdRule, State, Stateful, Update, UpdateRule, clip_grad_norm,
 };
+
+/// Compiles the code in the texts beside the crate.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+#[derive(Debug)]
+pub struct Readme;

@@ -51,12 +51,7 @@ pub fn train(job: &Job) -> Result<()> {
     let schedule = Schedule::cosine(job.steps / 10, job.steps);
     let mut run = Run::builder(&job.dir).every(job.every).keep(2).build()?;
 
-    let start = run.resume_or_start(&mut Parts {
-        model: &mut model,
-        optimizer: &mut optimizer,
-        schedule: &schedule,
-        sampler: &mut sampler,
-    })?;
+    let start = run.resume_or_start(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler))?;
     let checkpoints_skipped = match start {
         Start::Fresh => 0,
         Start::Resumed { skipped, .. } => skipped.len(),
@@ -71,12 +66,7 @@ pub fn train(job: &Job) -> Result<()> {
         clip_grad_norm(&model.trainable_parameters(), 1.0)?;
         optimizer.step()?;
         optimizer.zero_grad()?;
-        run.step(&mut Parts {
-            model: &mut model,
-            optimizer: &mut optimizer,
-            schedule: &schedule,
-            sampler: &mut sampler,
-        })?;
+        run.step(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler))?;
     }
 
     model.save_pretrained(job.adapter())?;

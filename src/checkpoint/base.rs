@@ -36,17 +36,17 @@ impl BaseRecord {
         BaseRecord { fingerprint, allowed_changes: Vec::new() }
     }
 
-    /// The record to go on with over the base that is there now.
-    pub(super) fn resume(self, now: Fingerprint, step: u64, policy: ResumePolicy) -> Result<Self> {
+    /// The record to go on with over the base that is there now, and what is
+    /// different about it.
+    pub(super) fn resume(self, now: Fingerprint, step: u64, policy: ResumePolicy) -> Result<(Self, Vec<String>)> {
         let differences = self.fingerprint.differences(&now);
         let mut allowed_changes = self.allowed_changes;
         if !differences.is_empty() {
             if policy == ResumePolicy::Strict {
                 return Err(Error::DifferentBase { differences });
             }
-            tracing::warn!(step, weights = differences.len(), "going on over a different base");
-            allowed_changes.push(AllowedChange { step, differences });
+            allowed_changes.push(AllowedChange { step, differences: differences.clone() });
         }
-        Ok(BaseRecord { fingerprint: now, allowed_changes })
+        Ok((BaseRecord { fingerprint: now, allowed_changes }, differences))
     }
 }

@@ -37,30 +37,54 @@ pub struct SkippedCheckpoint {
 /// checkpoint in it is of a newer version of this crate: going on from an
 /// older one would throw away what that version trained.
 pub fn latest(run_dir: impl AsRef<Path>) -> Result<Latest> {
+    let (found, skipped) = newest(run_dir.as_ref(), |path, _| verify(path))?;
+    Ok(Latest { found, skipped })
+}
+
+/// The newest checkpoint that `open` accepts, with what it made of it, and
+/// those that can't be used.
+pub(super) fn newest<T>(run_dir: &Path, open: impl Fn(&Path, Manifest) -> Result<T>) -> Result<Found<T>> {
+    let mut names = candidates(run_dir)?;
+    loop {
+        let (found, skipped) = newest_of(&names, &open)?;
+        let listed = std::mem::replace(&mut names, candidates(run_dir)?);
+        // A writer may have put a newer one in the place of each.
+        if found.is_some() || names == listed {
+            return Ok((found, skipped));
+        }
+    }
+}
+
+type Found<T> = (Option<(PathBuf, T)>, Vec<SkippedCheckpoint>);
+
+fn newest_of<T>(candidates: &[(String, PathBuf)], open: &impl Fn(&Path, Manifest) -> Result<T>) -> Result<Found<T>> {
     let mut skipped = Vec::new();
     let mut whole = Vec::new();
-    for (name, path) in candidates(run_dir.as_ref())? {
-        match Manifest::read(&path) {
+    for (name, path) in candidates {
+        match Manifest::read(path) {
             Ok(manifest) => whole.push((name, path, manifest)),
             Err(error) => skip(&mut skipped, path, error)?,
         }
     }
     // Newest last; of two of the same step, the one with the proper name.
-    whole.sort_by_key(|(name, _, manifest)| (manifest.step, *name == layout::folder(manifest.step)));
+    whole.sort_by_key(|(name, _, manifest)| (manifest.step, **name == layout::folder(manifest.step)));
     while let Some((_, path, manifest)) = whole.pop() {
-        match verify(&path) {
-            Ok(_) => return Ok(Latest { found: Some((path, manifest)), skipped }),
+        match open(path, manifest) {
+            Ok(opened) => return Ok((Some((path.clone(), opened)), skipped)),
             Err(error) => skip(&mut skipped, path, error)?,
         }
     }
-    Ok(Latest { found: None, skipped })
+    Ok((None, skipped))
 }
 
-fn skip(skipped: &mut Vec<SkippedCheckpoint>, path: PathBuf, error: Error) -> Result<()> {
+fn skip(skipped: &mut Vec<SkippedCheckpoint>, path: &Path, error: Error) -> Result<()> {
     if matches!(error, Error::NewerFormat { .. }) {
         return Err(error);
     }
-    skipped.push(SkippedCheckpoint { path, reason: error.to_string() });
+    // One that a writer has deleted meanwhile was not damaged.
+    if fs::symlink_metadata(path).is_ok() {
+        skipped.push(SkippedCheckpoint { path: path.into(), reason: error.to_string() });
+    }
     Ok(())
 }
 

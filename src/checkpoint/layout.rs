@@ -6,6 +6,8 @@ pub(super) const ADAPTER: &str = "adapter_model.safetensors";
 pub(super) const ADAPTER_CONFIG: &str = "adapter_config.json";
 /// The optimizer's tensors.
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
+/// The tensors of the run's further parts; there only if it has any.
+pub(super) const PARTS: &str = "parts.safetensors";
 /// Step, schedule, sampler, random generators, the caller's own value.
 pub(super) const TRAINING_STATE: &str = "training_state.json";
 /// The identity of the base.

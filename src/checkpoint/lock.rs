@@ -1,7 +1,7 @@
 //! One writer to a run's folder.
 
+use super::fs::{FileSystem, OsFileSystem};
 use super::layout::LOCK;
-use super::write::sync_dir;
 use crate::error::{Error, Result};
 use std::fs::{self, File, TryLockError};
 use std::path::Path;
@@ -19,7 +19,7 @@ impl Lock {
     pub(super) fn acquire(run_dir: &Path) -> Result<Self> {
         fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
         if let Some(parent) = run_dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            sync_dir(parent)?;
+            OsFileSystem.sync_dir(parent).map_err(Error::io(parent))?;
         }
         let path = run_dir.join(LOCK);
         let file = File::options().create(true).append(true).open(&path).map_err(Error::io(&path))?;

@@ -1,6 +1,7 @@
 //! The list of a checkpoint's files, with size and hash of each.
 
 use super::layout::{self, MANIFEST};
+use super::snapshot::Snapshot;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -12,7 +13,7 @@ const FORMAT: &str = "tch-peft-checkpoint";
 const VERSION: u32 = 1;
 
 /// What `manifest.json` says of a checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// `tch-peft-checkpoint`.
     pub format: String,
@@ -20,6 +21,9 @@ pub struct Manifest {
     pub version: u32,
     /// Steps that had been taken.
     pub step: u64,
+    /// What [`Run::set_metric`](crate::Run::set_metric) said of this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metric: Option<f64>,
     /// The checkpoint's files by name.
     pub files: BTreeMap<String, FileEntry>,
 }
@@ -33,7 +37,7 @@ pub struct FileEntry {
     pub blake3: String,
 }
 
-/// The part that every version has.
+/// The part that every version has, before the seal.
 #[derive(Deserialize)]
 struct Head {
     format: String,
@@ -41,13 +45,19 @@ struct Head {
 }
 
 impl Manifest {
-    pub(super) fn new(step: u64, files: &[(String, Vec<u8>)]) -> Self {
-        let entry = |bytes: &[u8]| FileEntry {
-            size: bytes.len() as u64,
-            blake3: blake3::Hasher::new().update_rayon(bytes).finalize().to_hex().to_string(),
-        };
-        let files = files.iter().map(|(name, bytes)| (name.clone(), entry(bytes))).collect();
-        Manifest { format: FORMAT.into(), version: VERSION, step, files }
+    pub(super) fn new(snapshot: &Snapshot) -> Self {
+        let files = snapshot.files.iter().map(|(name, bytes)| (name.clone(), FileEntry::of(bytes))).collect();
+        Manifest { format: FORMAT.into(), version: VERSION, step: snapshot.step, metric: snapshot.metric, files }
+    }
+
+    /// The file's text: JSON, with a hash of all that stands before it as the
+    /// last field, so that damage to the manifest itself shows too.
+    pub(super) fn to_text(&self) -> Result<Vec<u8>> {
+        let mut text = serde_json::to_vec_pretty(self).map_err(|e| Error::corrupt(MANIFEST, e))?;
+        text.truncate(text.len().saturating_sub("\n}".len()));
+        let seal = seal(&text);
+        text.extend(seal);
+        Ok(text)
     }
 
     /// Reads `manifest.json` alone, not the files it lists.
@@ -57,6 +67,10 @@ impl Manifest {
         let head: Head = serde_json::from_slice(&text).map_err(|e| Error::corrupt(&path, e))?;
         if head.format != FORMAT {
             return Err(Error::corrupt(path, format!("its format is `{}`, not `{FORMAT}`", head.format)));
+        }
+        let (body, found) = text.split_at(text.len().saturating_sub(SEAL_LENGTH));
+        if found != seal(body) {
+            return Err(Error::corrupt(path, "it was changed after it was written (its seal is broken)"));
         }
         if head.version > VERSION {
             return Err(Error::NewerFormat { path, found: head.version, supported: VERSION });
@@ -72,19 +86,46 @@ impl Manifest {
     }
 }
 
+/// Bytes of [`seal`].
+const SEAL_LENGTH: usize = ",\n  \"seal\": \"\"\n}".len() + 64;
+
+/// The manifest's last field, a hash of the bytes before it, and its end.
+fn seal(body: &[u8]) -> Vec<u8> {
+    format!(",\n  \"seal\": \"{}\"\n}}", blake3::hash(body).to_hex()).into_bytes()
+}
+
 impl FileEntry {
-    fn verify(&self, path: &Path) -> Result<()> {
-        let size = fs::metadata(path).map_err(Error::io(path))?.len();
-        if size != self.size {
-            return Err(Error::corrupt(path, format!("{size} bytes, but the manifest says {}", self.size)));
-        }
+    fn of(bytes: &[u8]) -> Self {
+        let hash = blake3::Hasher::new().update_rayon(bytes).finalize();
+        FileEntry { size: bytes.len() as u64, blake3: hash.to_hex().to_string() }
+    }
+
+    /// Opens a file of this size. The size is compared before anything is
+    /// read, so that a wrong one costs no memory.
+    pub(super) fn open(&self, path: &Path) -> Result<File> {
         let file = File::open(path).map_err(Error::io(path))?;
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(file).map_err(Error::io(path))?;
-        if hasher.finalize().to_hex().as_str() != self.blake3 {
+        let metadata = file.metadata().map_err(Error::io(path))?;
+        if !metadata.is_file() {
+            return Err(Error::corrupt(path, "it is not a file"));
+        }
+        match metadata.len() {
+            size if size == self.size => Ok(file),
+            size => Err(Error::corrupt(path, format!("{size} bytes, but the manifest says {}", self.size))),
+        }
+    }
+
+    /// Compares the hash of the content.
+    pub(super) fn check(&self, path: &Path, hash: blake3::Hash) -> Result<()> {
+        if hash.to_hex().as_str() != self.blake3 {
             return Err(Error::corrupt(path, "its content is not what the manifest says (blake3 differs)"));
         }
         Ok(())
+    }
+
+    fn verify(&self, path: &Path) -> Result<()> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(self.open(path)?).map_err(Error::io(path))?;
+        self.check(path, hasher.finalize())
     }
 }
 

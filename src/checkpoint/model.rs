@@ -1,11 +1,11 @@
 //! What a checkpoint needs of a [`LoraModel`].
 
-use super::Checkpointable;
+use super::layout::{ADAPTER, ADAPTER_CONFIG};
+use super::{CheckpointFiles, Checkpointable};
 use crate::base::Fingerprint;
 use crate::error::{Error, Result};
 use crate::format::{peft, safetensors};
 use crate::model::LoraModel;
-use std::path::Path;
 use tch::Device;
 
 impl<M> Checkpointable for LoraModel<M> {
@@ -13,20 +13,19 @@ impl<M> Checkpointable for LoraModel<M> {
         self.adapter_bytes()
     }
 
-    fn check_adapter(&self, folder: &Path) -> Result<()> {
-        let recorded = peft::read_config(folder)?.config;
+    fn check_adapter(&self, files: &CheckpointFiles) -> Result<()> {
+        let recorded = peft::config_from_json(&files.path(ADAPTER_CONFIG), files.get(ADAPTER_CONFIG)?)?.config;
         let differences = recorded.differences(self.config());
         if !differences.is_empty() {
             return Err(Error::DifferentConfig { what: "LoRA configuration".into(), differences });
         }
-        let path = folder.join(peft::WEIGHTS_FILE);
-        self.check_tensors(&path, &safetensors::read(&path)?)
+        let path = files.path(ADAPTER);
+        self.check_tensors(&path, &safetensors::deserialize(&path, files.get(ADAPTER)?)?)
     }
 
-    fn load_adapter(&mut self, folder: &Path) -> Result<()> {
-        self.check_adapter(folder)?;
-        let path = folder.join(peft::WEIGHTS_FILE);
-        self.load_tensors(&path, safetensors::read(&path)?)?;
+    fn load_adapter(&mut self, files: &CheckpointFiles) -> Result<()> {
+        let path = files.path(ADAPTER);
+        self.load_tensors(&path, safetensors::deserialize(&path, files.get(ADAPTER)?)?)?;
         Ok(())
     }
 

@@ -1,22 +1,21 @@
 //! A training run with its folder of checkpoints.
 
-use super::Parts;
-use super::base::{BaseRecord, ResumePolicy};
-use super::contents::{Loaded, collect};
-use super::environment::Environment;
-use super::latest::{SkippedCheckpoint, latest};
+use super::base::BaseRecord;
+use super::builder::RunBuilder;
+use super::latest::{SkippedCheckpoint, newest};
+use super::layout::folder;
 use super::lock::Lock;
-use super::manifest::Manifest;
-use super::rotate::rotate;
-use super::write::commit;
+use super::restore::{Loaded, Resumed};
+use super::snapshot::{Progress, Snapshot};
+use super::state::Change;
+use super::store::{Store, Writer};
+use super::{CheckpointFiles, Parts};
 use crate::error::{Error, Result};
-use crate::train::RngState;
-use crate::train::compare::same_config;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Counts the steps of a training run and saves checkpoints into its folder.
 ///
@@ -24,17 +23,16 @@ use std::sync::Arc;
 /// [`Run::resume_or_start`] takes the same steps, bit by bit, as one that
 /// wasn't, on the same machine with the same number of threads, provided that
 /// batches come from the sampler, random numbers from libtorch's generators,
-/// and everything else that changes is in the user state.
+/// and everything else that changes is a part of the run or in the user state.
 ///
 /// Gradients are not saved: count a step, which may save, only after
 /// `zero_grad`.
 #[derive(Debug)]
 pub struct Run {
-    dir: PathBuf,
-    every: u64,
-    keep: usize,
-    policy: ResumePolicy,
+    settings: RunBuilder,
     step: u64,
+    /// Of the weights as they are at this step.
+    metric: Option<f64>,
     user: Value,
     /// There once the run has been resumed or started.
     session: Option<Session>,
@@ -45,15 +43,8 @@ struct Session {
     /// Given up when the run is dropped, or could not be started.
     lock: Arc<Lock>,
     base: BaseRecord,
-}
-
-/// Settings of a [`Run`].
-#[derive(Debug, Clone)]
-pub struct RunBuilder {
-    dir: PathBuf,
-    every: u64,
-    keep: usize,
-    policy: ResumePolicy,
+    changes: Vec<Change>,
+    writer: Writer,
 }
 
 /// How [`Run::resume_or_start`] began.
@@ -69,6 +60,11 @@ pub enum Start {
         path: PathBuf,
         /// Checkpoints that could not be used.
         skipped: Vec<SkippedCheckpoint>,
+        /// What is not as it was recorded and was allowed: another machine,
+        /// device or number of threads, and what the run's settings let
+        /// through. If there is any, the run goes on, but not bit by bit as if
+        /// it had never been interrupted.
+        differences: Vec<String>,
     },
 }
 
@@ -77,49 +73,19 @@ pub enum Start {
 pub struct StepReport {
     /// Steps taken so far.
     pub step: u64,
-    /// The checkpoint, if one was due.
+    /// The checkpoint that is new on disk, if there is one. In the background
+    /// it is that of an earlier step.
     pub saved: Option<PathBuf>,
-}
-
-impl RunBuilder {
-    /// Saves after every so many steps; 0, the default, saves only when
-    /// [`Run::save`] is called.
-    pub fn every(mut self, steps: u64) -> Self {
-        self.every = steps;
-        self
-    }
-
-    /// Keeps the newest so many checkpoints, 2 by default; 0 keeps all.
-    pub fn keep(mut self, checkpoints: usize) -> Self {
-        self.keep = checkpoints;
-        self
-    }
-
-    /// What to do about a base other than the recorded one; by default it is
-    /// an error.
-    pub fn policy(mut self, policy: ResumePolicy) -> Self {
-        self.policy = policy;
-        self
-    }
-
-    /// Makes the run. The folder is not touched yet.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for an empty path.
-    pub fn build(self) -> Result<Run> {
-        let RunBuilder { dir, every, keep, policy } = self;
-        if dir.as_os_str().is_empty() {
-            return Err(Error::config("dir", "a folder", "an empty path"));
-        }
-        Ok(Run { dir, every, keep, policy, step: 0, user: Value::Null, session: None })
-    }
 }
 
 impl Run {
     /// Settings for a run whose checkpoints go into `dir`.
     pub fn builder(dir: impl AsRef<Path>) -> RunBuilder {
-        let policy = ResumePolicy::default();
-        RunBuilder { dir: dir.as_ref().into(), every: 0, keep: 2, policy }
+        RunBuilder::new(dir.as_ref().into())
+    }
+
+    pub(super) fn new(settings: RunBuilder) -> Self {
+        Run { settings, step: 0, metric: None, user: Value::Null, session: None }
     }
 
     /// Goes on from the newest whole checkpoint, or starts if there is none.
@@ -129,109 +95,135 @@ impl Run {
     /// Newer checkpoints that are torn or damaged are skipped, and listed.
     ///
     /// # Errors
-    /// [`Error::DifferentBase`] for another base (see [`ResumePolicy`]),
-    /// [`Error::DifferentConfig`] naming the fields for another LoRA
-    /// configuration, optimizer, schedule or sampler and for other devices,
-    /// [`Error::NoCheckpoint`] if there are checkpoints and none is whole,
-    /// [`Error::NewerFormat`], [`Error::RunInUse`] if another run writes into
-    /// the folder, [`Error::Io`] if it can't be written to.
+    /// [`Error::DifferentBase`] for another base (see
+    /// [`RunBuilder::policy`]), [`Error::DifferentConfig`] naming the fields
+    /// for another LoRA configuration, optimizer, schedule, sampler or list of
+    /// parts, [`Error::NoCheckpoint`] if there are checkpoints and none is
+    /// whole, [`Error::NewerFormat`], [`Error::RunInUse`] if another run writes
+    /// into the folder, [`Error::Io`] if it can't be written to.
     pub fn resume_or_start(&mut self, parts: &mut Parts<'_>) -> Result<Start> {
-        let lock = match &self.session {
-            Some(session) => Arc::clone(&session.lock),
-            None => Arc::new(Lock::acquire(&self.dir)?),
+        let lock = match self.session.take() {
+            Some(mut session) => {
+                session.writer.flush()?;
+                session.lock
+            }
+            None => Arc::new(Lock::acquire(&self.settings.dir)?),
         };
-        let latest = latest(&self.dir)?;
-        for SkippedCheckpoint { path, reason } in &latest.skipped {
+        let dir = &self.settings.dir;
+        let without_optimizer = self.settings.allowed.missing_optimizer;
+        let (found, skipped) = newest(dir, |path, manifest| {
+            Ok((CheckpointFiles::of(path, &manifest, without_optimizer)?, manifest.step))
+        })?;
+        for SkippedCheckpoint { path, reason } in &skipped {
             tracing::warn!(path = %path.display(), reason, "skipped a checkpoint that is not whole");
         }
-        let (base, start) = match latest.found {
-            Some((path, manifest)) => {
-                let base = self.resume(parts, &path, &manifest)?;
-                tracing::info!(step = self.step, path = %path.display(), "resumed");
-                (base, Start::Resumed { step: self.step, path, skipped: latest.skipped })
+        let mut judged: std::collections::BTreeMap<_, _> = Default::default();
+        let (resumed, start) = match found {
+            Some((path, (files, step))) => {
+                let loaded = Loaded::parse(files, step)?;
+                let resumed = loaded.check(parts, self.settings.allowed)?;
+                let user = loaded.state.user.clone();
+                loaded.apply(parts)?;
+                (self.step, self.user) = (step, user);
+                judged.insert(folder(step), true);
+                tracing::info!(step, path = %path.display(), "resumed");
+                for difference in &resumed.differences {
+                    tracing::warn!(difference, "going on with what is not as recorded");
+                }
+                let differences = resumed.differences.clone();
+                (resumed, Start::Resumed { step, path, skipped, differences })
             }
-            None if latest.skipped.is_empty() => {
+            None if skipped.is_empty() => {
                 let base = BaseRecord::new(parts.model.fingerprint()?);
                 (self.step, self.user) = (0, Value::Null);
-                (base, Start::Fresh)
+                (Resumed { base, changes: Vec::new(), differences: Vec::new() }, Start::Fresh)
             }
             None => {
-                let reasons = latest.skipped.into_iter().map(|skipped| skipped.reason).collect();
-                return Err(Error::NoCheckpoint { path: self.dir.clone(), reasons });
+                let reasons = skipped.into_iter().map(|skipped| skipped.reason).collect();
+                return Err(Error::NoCheckpoint { path: dir.clone(), reasons });
             }
         };
         parts.optimizer.set_learning_rate_factor(parts.schedule.factor(self.step));
-        self.session = Some(Session { lock, base });
+        self.metric = None;
+        let store = Store {
+            disk: Arc::clone(&self.settings.disk),
+            dir: dir.clone(),
+            retention: self.settings.retention,
+            judged: Mutex::new(judged),
+            _lock: Arc::clone(&lock),
+        };
+        let writer = Writer::new(store, self.settings.background);
+        let Resumed { base, changes, .. } = resumed;
+        self.session = Some(Session { lock, base, changes, writer });
         Ok(start)
-    }
-
-    fn resume(&mut self, parts: &mut Parts<'_>, dir: &Path, manifest: &Manifest) -> Result<BaseRecord> {
-        let Loaded { state, optimizer, base, environment } = Loaded::read(dir)?;
-        if state.step != manifest.step {
-            let reason = format!("step {}, but the manifest says {}", state.step, manifest.step);
-            return Err(Error::corrupt(dir, reason));
-        }
-        let devices = parts.model.devices();
-        let base = base.resume(parts.model.fingerprint()?, state.step, self.policy)?;
-        parts.model.check_adapter(dir)?;
-        parts.optimizer.check_state(&optimizer)?;
-        same_config("schedule", &json!(state.schedule), &json!(parts.schedule))?;
-        parts.sampler.check_state(&state.sampler)?;
-        state.rng.check(&devices)?;
-        let now = Environment::capture(&devices, Value::Null)?;
-        for difference in environment.differences(&now) {
-            tracing::warn!(difference, "not the recorded environment: results may differ in the last bits");
-        }
-
-        // Up to here nothing was changed. The generators are set first, since
-        // they can go back, and last, in case loading has drawn from them.
-        let before = RngState::capture(&devices)?;
-        let loaded = state.rng.restore().and_then(|()| parts.model.load_adapter(dir));
-        if let Err(error) = loaded.and_then(|()| parts.optimizer.import_state(optimizer)) {
-            before.restore()?;
-            return Err(error);
-        }
-        state.rng.restore()?;
-        parts.sampler.set_state(&state.sampler)?;
-        (self.step, self.user) = (state.step, state.user);
-        Ok(base)
     }
 
     /// Counts a step: sets the learning rate of the next, and saves if due.
     ///
     /// # Errors
-    /// Those of [`Run::save`]. The step is counted even then, so that training
-    /// can go on; the next try is when the next checkpoint is due.
+    /// [`Error::NotSaved`] if a checkpoint could not be written. Even then the
+    /// step is counted and the run is as sound as before: a caller may log it
+    /// and train on; the next try is when the next checkpoint is due.
     pub fn step(&mut self, parts: &mut Parts<'_>) -> Result<StepReport> {
         self.session()?;
         self.step += 1;
         parts.optimizer.set_learning_rate_factor(parts.schedule.factor(self.step));
-        let due = self.every > 0 && self.step.is_multiple_of(self.every);
-        let saved = if due { Some(self.save(parts)?) } else { None };
-        Ok(StepReport { step: self.step, saved })
+        let due = self.settings.every > 0 && self.step.is_multiple_of(self.settings.every);
+        let saved = if due { self.take(parts) } else { self.session()?.writer.poll() };
+        self.metric = None;
+        Ok(StepReport { step: self.step, saved: saved? })
     }
 
     /// Saves a checkpoint now, replacing one of the same step, and deletes
-    /// those no longer kept.
+    /// those no longer kept. It waits until the checkpoint is on disk, even if
+    /// others are written in the background.
     ///
     /// # Errors
-    /// [`Error::Io`] if it can't be written; the checkpoints from before are as
-    /// they were, and so is the run. [`Error::Config`] before
-    /// [`Run::resume_or_start`].
+    /// [`Error::NotSaved`] if it, or the one being written before it, can't be
+    /// written; the checkpoints from before are as they were, and so is the
+    /// run. [`Error::Config`] before [`Run::resume_or_start`].
     pub fn save(&mut self, parts: &mut Parts<'_>) -> Result<PathBuf> {
-        let files = collect(parts, &self.session()?.base, self.step, self.user.clone())?;
-        let path = commit(&self.dir, self.step, &files)?;
-        tracing::info!(step = self.step, path = %path.display(), "saved a checkpoint");
-        // The checkpoint is safe; old ones that stay are no reason to stop.
-        if let Err(error) = rotate(&self.dir, self.step, self.keep) {
-            tracing::warn!(%error, "old checkpoints could not be deleted");
-        }
-        Ok(path)
+        let saved = self.take(parts);
+        let flushed = self.flush();
+        let path = self.settings.dir.join(folder(self.step));
+        saved.and(flushed).map(|_| path)
+    }
+
+    /// Waits until nothing is being written in the background, and answers
+    /// the checkpoint that this has saved.
+    ///
+    /// # Errors
+    /// [`Error::NotSaved`] if it could not be written.
+    pub fn flush(&mut self) -> Result<Option<PathBuf>> {
+        self.session()?.writer.flush()
+    }
+
+    fn take(&mut self, parts: &Parts<'_>) -> Result<Option<PathBuf>> {
+        let (step, metric) = (self.step, self.metric);
+        let missing = Self::not_started;
+        let Session { base, changes, writer, .. } = self.session.as_mut().ok_or_else(missing)?;
+        let snapshot = Snapshot::take(parts, Progress { step, metric, user: &self.user, base, changes })?;
+        writer.write(snapshot)
     }
 
     /// Steps taken since the start of the run.
     pub fn current_step(&self) -> u64 {
         self.step
+    }
+
+    /// How good the weights are as they are now, for
+    /// [`RunBuilder::keep_best`]. It goes into the checkpoint that the next
+    /// [`Run::step`], or a [`Run::save`] before it, makes of these weights,
+    /// and counts no longer after that step.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a value that is not finite.
+    pub fn set_metric(&mut self, value: f64) -> Result<()> {
+        if !value.is_finite() {
+            return Err(Error::config("metric", "a finite number", value));
+        }
+        self.metric = Some(value);
+        Ok(())
     }
 
     /// Sets the caller's own value, which goes into each checkpoint from now on.
@@ -254,9 +246,12 @@ impl Run {
         if self.user.is_null() { Ok(None) } else { read_user_state(&self.user).map(Some) }
     }
 
-    fn session(&self) -> Result<&Session> {
-        let missing = || Error::config("run", "`resume_or_start` first", "a run not yet started");
-        self.session.as_ref().ok_or_else(missing)
+    fn session(&mut self) -> Result<&mut Session> {
+        self.session.as_mut().ok_or_else(Self::not_started)
+    }
+
+    fn not_started() -> Error {
+        Error::config("run", "`resume_or_start` first", "a run not yet started")
     }
 }
 

@@ -17,6 +17,7 @@ pub(crate) mod autograd;
 pub(crate) mod bytes;
 pub(crate) mod generator;
 pub(crate) mod hook;
+pub(crate) mod optim;
 pub(crate) mod runtime;
 pub(crate) mod shared;
 

@@ -6,16 +6,19 @@
 //! ([`RngState`]), anything else as a [`Stateful`]. The learning rate needs no state: [`Schedule::factor`] is a
 //! pure function of the step.
 
-mod adamw;
 mod clip;
 pub(crate) mod compare;
+mod optim;
 mod rng;
 mod sampler;
 mod schedule;
 mod state;
 
-pub use adamw::{AdamW, AdamWBuilder};
 pub use clip::clip_grad_norm;
+pub use optim::{
+    Adafactor, AdafactorRule, AdamW, AdamW8bit, AdamW8bitRule, AdamWBuilder, AdamWRule, GroupedOptimizer, Lion,
+    LionRule, OptimizerBuilder, ParameterGroup, Sgd, SgdRule, Update, UpdateRule,
+};
 pub use rng::RngState;
 pub(crate) use rng::device_name;
 pub use sampler::{Sampler, SamplerState};
@@ -74,12 +77,12 @@ pub trait Optimizer {
 /// The state of an [`Optimizer`], keyed by parameter name.
 #[derive(Debug)]
 pub struct OptimizerState {
-    /// Which optimizer: `adamw`.
+    /// Which optimizer: `adamw`, `adamw_8bit`, `sgd`, `lion`, `adafactor`.
     pub kind: String,
     /// Its settings. Those of the checkpoint and those of the run must be the
     /// same, field by field.
     pub hyperparameters: Value,
-    /// `<parameter name>.<what>`, for AdamW `exp_avg` and `exp_avg_sq` with the
-    /// parameter's shape and dtype, and `step`, an f32 scalar.
+    /// `<parameter name>.<what>`, such as `exp_avg`; each optimizer's page lists
+    /// them with shapes and dtypes.
     pub tensors: BTreeMap<String, Tensor>,
 }

@@ -51,6 +51,18 @@ impl RngState {
         Err(Error::DifferentConfig { what: "devices".into(), differences: vec![line] })
     }
 
+    /// Those of the CPU and of `devices`.
+    pub(crate) fn on(&self, devices: &[Device]) -> Self {
+        let wanted = |device: &Device| *device == Device::Cpu || devices.contains(device);
+        let states = self.states.iter().filter(|(_, (device, _))| wanted(device));
+        RngState { states: states.map(|(name, state)| (name.clone(), state.clone())).collect() }
+    }
+
+    /// The devices that these are the states of.
+    pub(crate) fn devices(&self) -> Vec<Device> {
+        self.states.values().map(|(device, _)| *device).collect()
+    }
+
     /// Sets the generators to these states.
     ///
     /// # Errors

@@ -1,0 +1,111 @@
+//! What a run is made of.
+
+use super::CheckpointFiles;
+use crate::base::Fingerprint;
+use crate::error::{Error, Result};
+use crate::train::{Optimizer, Sampler, Schedule, Stateful};
+use std::fmt;
+use tch::Device;
+
+/// What a checkpoint needs of a model.
+pub trait Checkpointable {
+    /// Name and content of `adapter_model.safetensors` and
+    /// `adapter_config.json`, and of further files if the model has any.
+    ///
+    /// # Errors
+    /// libtorch's.
+    fn adapter_files(&self) -> Result<Vec<(String, Vec<u8>)>>;
+
+    /// Tells whether [`Checkpointable::load_adapter`] would accept the files.
+    ///
+    /// # Errors
+    /// [`Error::DifferentConfig`](crate::Error::DifferentConfig) naming the
+    /// fields for another LoRA configuration, and others for files that don't
+    /// fit the model.
+    fn check_adapter(&self, files: &CheckpointFiles) -> Result<()>;
+
+    /// Takes the adapter's values from the files, into the very tensors that
+    /// the optimizer holds. It draws no random numbers; on an error nothing
+    /// has changed. Called after [`Checkpointable::check_adapter`].
+    ///
+    /// # Errors
+    /// Those of [`Checkpointable::check_adapter`], apart from another
+    /// configuration, which need not be looked for again.
+    fn load_adapter(&mut self, files: &CheckpointFiles) -> Result<()>;
+
+    /// The identity of the base. Called once when a run begins: the base must
+    /// stay as it is until the run ends.
+    ///
+    /// # Errors
+    /// libtorch's.
+    fn fingerprint(&self) -> Result<Fingerprint>;
+
+    /// The devices whose random generators training may draw from, besides the
+    /// CPU's.
+    fn devices(&self) -> Vec<Device>;
+}
+
+/// The parts of a run that checkpoints are made of.
+///
+/// The four that every run has are given to [`Parts::new`], whatever else
+/// changes from step to step (an EMA, a loss scaler, a second sampler, …) is
+/// added with [`Parts::with`].
+pub struct Parts<'a> {
+    /// The adapted model.
+    pub model: &'a mut dyn Checkpointable,
+    /// The optimizer over its trainable parameters.
+    pub optimizer: &'a mut dyn Optimizer,
+    /// The learning rate's course.
+    pub schedule: &'a Schedule,
+    /// The position in the data.
+    pub sampler: &'a mut Sampler,
+    /// The rest, by name.
+    pub(super) others: Vec<(&'a str, &'a mut dyn Stateful)>,
+}
+
+impl<'a> Parts<'a> {
+    /// The parts of a plain run.
+    pub fn new(
+        model: &'a mut dyn Checkpointable,
+        optimizer: &'a mut dyn Optimizer,
+        schedule: &'a Schedule,
+        sampler: &'a mut Sampler,
+    ) -> Self {
+        Parts { model, optimizer, schedule, sampler, others: Vec::new() }
+    }
+
+    /// Adds a part under a name of its own, made of letters, digits, `_` and
+    /// `-`. A checkpoint and the run that goes on from it have parts of the
+    /// same names.
+    #[must_use]
+    pub fn with(mut self, name: &'a str, part: &'a mut dyn Stateful) -> Self {
+        self.others.push((name, part));
+        self
+    }
+
+    /// Refuses a name that is not one, or not one's own.
+    pub(super) fn check_names(&self) -> Result<()> {
+        let is_name =
+            |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
+        for (i, (name, _)) in self.others.iter().enumerate() {
+            if !is_name(name) {
+                return Err(Error::config("parts", "names of letters, digits, `_` and `-`", format!("`{name}`")));
+            }
+            if self.others[..i].iter().any(|(other, _)| other == name) {
+                return Err(Error::config("parts", "each name once", format!("{name} twice")));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Parts<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let others: Vec<_> = self.others.iter().map(|(name, _)| name).collect();
+        f.debug_struct("Parts")
+            .field("schedule", &self.schedule)
+            .field("sampler", &self.sampler.state())
+            .field("others", &others)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,160 @@
+//! AdamW whose moments are kept in 8 bits.
+
+use super::blockwise::Code;
+use super::rule::{
+    ParameterGroup, Update, UpdateRule, check_beta, check_not_negative, count_step, object, step_count, zeros_like,
+};
+use super::{GroupedOptimizer, OptimizerBuilder};
+use crate::error::{Error, Result};
+use crate::ffi::optim::{foreach_add, foreach_addcdiv, foreach_addcmul, foreach_mul};
+use crate::model::NamedParameter;
+use serde_json::{Map, Value, json};
+use tch::{Device, Kind, Tensor};
+
+/// AdamW with block-wise 8-bit moments (Dettmers et al., "8-bit optimizers via
+/// block-wise quantization", arXiv:2110.02861), the same as bitsandbytes'
+/// `AdamW8bit`: same defaults, same formats, same arithmetic.
+///
+/// Each moment is kept as u8 codes into a dynamic map, signed for the first and
+/// unsigned for the second, with an f32 scale for each block of 256 values.
+/// Parameters with fewer than `min_8bit_size` values keep f32 moments.
+///
+/// Values are rounded to the nearest of the map, as bitsandbytes' CUDA kernels
+/// do; its CPU kernel rounds through a table and may take a neighbour.
+///
+/// State of each parameter: `step`, an i64 scalar; `exp_avg` and `exp_avg_sq`
+/// with its shape, u8 or f32; for u8, `exp_avg_absmax` and `exp_avg_sq_absmax`.
+pub type AdamW8bit = GroupedOptimizer<AdamW8bitRule>;
+
+/// The update of [`AdamW8bit`].
+#[derive(Debug, Clone)]
+pub struct AdamW8bitRule {
+    beta1: f64,
+    beta2: f64,
+    eps: f64,
+    min_8bit_size: usize,
+}
+
+impl AdamW8bit {
+    /// Settings to start from: lr 1e-3, betas 0.9 and 0.999, eps 1e-8, weight
+    /// decay 0.01, 8 bits from 4096 values on.
+    pub fn builder() -> OptimizerBuilder<AdamW8bitRule> {
+        let rule = AdamW8bitRule { beta1: 0.9, beta2: 0.999, eps: 1e-8, min_8bit_size: 4096 };
+        OptimizerBuilder::new(rule, 1e-3, 1e-2)
+    }
+}
+
+impl OptimizerBuilder<AdamW8bitRule> {
+    /// The decay rates of the first and the second moment, each in `0..1`.
+    pub fn betas(mut self, beta1: f64, beta2: f64) -> Self {
+        (self.rule.beta1, self.rule.beta2) = (beta1, beta2);
+        self
+    }
+
+    /// Added to the root of the second moment.
+    pub fn eps(mut self, eps: f64) -> Self {
+        self.rule.eps = eps;
+        self
+    }
+
+    /// How many values a parameter needs for its moments to be kept in 8 bits.
+    pub fn min_8bit_size(mut self, values: usize) -> Self {
+        self.rule.min_8bit_size = values;
+        self
+    }
+}
+
+/// The maps of both moments.
+struct Codes {
+    signed: Code,
+    unsigned: Code,
+}
+
+impl Codes {
+    fn new(device: Device) -> Result<Codes> {
+        Ok(Codes { signed: Code::dynamic(true, device)?, unsigned: Code::dynamic(false, device)? })
+    }
+}
+
+impl AdamW8bitRule {
+    fn update_one(&self, codes: &Codes, update: &mut Update<'_>, group: ParameterGroup) -> Result<()> {
+        let ParameterGroup { lr, weight_decay } = group;
+        let Update { param, grad, state } = update;
+        let step = count_step(&mut state[0])? as f64;
+        let grad = grad.f_to_kind(Kind::Float)?;
+        let quantized = state.len() == 5;
+        let (exp_avg, exp_avg_sq) = match quantized {
+            true => (codes.signed.dequantize(&state[1], &state[2])?, codes.unsigned.dequantize(&state[3], &state[4])?),
+            false => (state[1].shallow_clone(), state[2].shallow_clone()),
+        };
+        foreach_mul(&[&exp_avg], self.beta1)?;
+        foreach_add(&[&exp_avg], &[&grad], 1.0 - self.beta1)?;
+        foreach_mul(&[&exp_avg_sq], self.beta2)?;
+        foreach_addcmul(&[&exp_avg_sq], &[&grad], &[&grad], 1.0 - self.beta2)?;
+
+        let (correction1, correction2) = (1.0 - self.beta1.powf(step), (1.0 - self.beta2.powf(step)).sqrt());
+        let target = param.f_to_kind(Kind::Float)?;
+        if weight_decay > 0.0 {
+            foreach_mul(&[&target], 1.0 - lr * weight_decay)?;
+        }
+        // Two ways to write the same; bitsandbytes rounds differently in each.
+        if quantized {
+            let root = exp_avg_sq.f_sqrt()?.f_div_scalar(correction2)?.f_add_scalar(self.eps)?;
+            foreach_addcdiv(&[&target], &[&exp_avg], &[&root], -lr / correction1)?;
+            (state[1], state[2]) = codes.signed.quantize(&exp_avg)?;
+            (state[3], state[4]) = codes.unsigned.quantize(&exp_avg_sq)?;
+        } else {
+            let change = exp_avg.f_div(&exp_avg_sq.f_sqrt()?.f_add_scalar(self.eps * correction2)?)?;
+            foreach_add(&[&target], &[&change], -lr * correction2 / correction1)?;
+        }
+        // Does nothing where the cast made no copy.
+        param.f_copy_(&target)?;
+        Ok(())
+    }
+}
+
+impl UpdateRule for AdamW8bitRule {
+    const KIND: &'static str = "adamw_8bit";
+
+    fn settings(&self) -> Map<String, Value> {
+        object([
+            ("betas", json!([self.beta1, self.beta2])),
+            ("eps", self.eps.into()),
+            ("min_8bit_size", self.min_8bit_size.into()),
+        ])
+    }
+
+    fn check(&self, _: &[ParameterGroup]) -> Result<()> {
+        check_beta("beta1", self.beta1)?;
+        check_beta("beta2", self.beta2)?;
+        check_not_negative("eps", self.eps)
+    }
+
+    fn init(&self, NamedParameter { name, tensor }: &NamedParameter) -> Result<Vec<(&'static str, Tensor)>> {
+        if tensor.f_kind()? == Kind::Double {
+            return Err(Error::Mismatch {
+                name: name.clone(),
+                expected: "f32, bf16 or f16 (`AdamW` trains f64)".into(),
+                found: "f64".into(),
+            });
+        }
+        let step = ("step", step_count()?);
+        if tensor.numel() < self.min_8bit_size.max(1) {
+            return Ok(vec![step, ("exp_avg", zeros_like(tensor)?), ("exp_avg_sq", zeros_like(tensor)?)]);
+        }
+        let codes = || tensor.f_detach()?.f_zeros_like()?.f_to_kind(Kind::Uint8);
+        let scales = || Code::zero_scales(tensor.numel() as i64, tensor.device());
+        Ok(vec![
+            step,
+            ("exp_avg", codes()?),
+            ("exp_avg_absmax", scales()?),
+            ("exp_avg_sq", codes()?),
+            ("exp_avg_sq_absmax", scales()?),
+        ])
+    }
+
+    fn update(&self, batch: &mut [Update<'_>], group: ParameterGroup) -> Result<()> {
+        let codes = Codes::new(batch[0].param.device())?;
+        batch.iter_mut().try_for_each(|update| self.update_one(&codes, update, group))
+    }
+}

@@ -1,0 +1,243 @@
+//! A small run, for tests that interrupt it.
+
+use std::path::Path;
+use tch::nn::{self, ModuleT};
+use tch::{Device, Kind, Tensor};
+use tch_peft::{
+    AdamW, Base, Checkpointable, Error, LoraConfig, LoraModel, Optimizer, Parts, QuantConfig, Result, Run, RunBuilder,
+    Sampler, Schedule, Start, State, Stateful,
+};
+
+pub const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
+const IN: i64 = 32;
+const ROWS: usize = 24;
+
+/// What a run is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Setup {
+    /// `dense`, or a scheme's name.
+    pub scheme: &'static str,
+    pub wrap_first: bool,
+    pub optimizer: &'static str,
+    pub dropout: f64,
+    /// Micro-batches in a step.
+    pub accumulate: usize,
+    /// With a moving average of the weights as a further part.
+    pub average: bool,
+    pub schedule: Schedule,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Setup {
+            scheme: "nf4",
+            wrap_first: false,
+            optimizer: "adamw",
+            dropout: 0.2,
+            accumulate: 1,
+            average: true,
+            schedule: Schedule::constant(),
+        }
+    }
+}
+
+pub const OPTIMIZERS: [&str; 1] = ["adamw"];
+
+#[derive(Debug)]
+pub struct Net {
+    up: nn::Linear,
+    down: nn::Linear,
+}
+
+impl ModuleT for Net {
+    fn forward_t(&self, x: &Tensor, train: bool) -> Tensor {
+        x.apply(&self.up).tanh().dropout(0.1, train).apply(&self.down)
+    }
+}
+
+fn quant(scheme: &str) -> QuantConfig {
+    let builder = match scheme {
+        "nf4" => QuantConfig::nf4(),
+        "nf4+dq" => QuantConfig::nf4().double_quant(true),
+        "int8" => QuantConfig::int8(),
+        other => panic!("no scheme {other}"),
+    };
+    builder.build().unwrap()
+}
+
+/// A run with all that changes in it.
+pub struct Toy {
+    pub model: LoraModel<Net>,
+    pub optimizer: Box<dyn Optimizer>,
+    pub schedule: Schedule,
+    pub sampler: Sampler,
+    pub average: Option<Average>,
+    pub run: Run,
+    accumulate: usize,
+}
+
+impl Toy {
+    /// Everything that a training program builds before it resumes. It draws
+    /// from the default generator: hold `common::rng`.
+    pub fn new(setup: Setup, run: RunBuilder) -> Self {
+        // The tensors are too small to share, and the machine may be busy.
+        tch::set_num_threads(1);
+        tch::manual_seed(3);
+        let vs = nn::VarStore::new(Device::Cpu);
+        let linear = |name: &str, inn, out| nn::linear(vs.root() / name, inn, out, Default::default());
+        let net = Net { up: linear("up", IN, 40), down: linear("down", 40, 8) };
+        let config = LoraConfig::builder().r(2).lora_alpha(4.0).lora_dropout(setup.dropout);
+        let config = config.target_modules(["up", "down"]).build().unwrap();
+        let base = Base::new(vs, net);
+        tch::manual_seed(11);
+        let model = match (setup.scheme, setup.wrap_first) {
+            ("dense", _) => LoraModel::wrap(base, config).unwrap(),
+            (scheme, false) => LoraModel::wrap(base.quantize(&quant(scheme)).unwrap(), config).unwrap(),
+            (scheme, true) => {
+                let mut model = LoraModel::wrap(base, config).unwrap();
+                model.quantize(&quant(scheme)).unwrap();
+                model
+            }
+        };
+        let parameters = model.trainable_parameters();
+        let average = setup.average.then(|| Average::new(&model));
+        let optimizer: Box<dyn Optimizer> = match setup.optimizer {
+            "adamw" => Box::new(AdamW::builder().lr(1e-2).build(parameters).unwrap()),
+            other => panic!("no optimizer {other}"),
+        };
+        let sampler = Sampler::new(ROWS, 5, 9).unwrap();
+        let (schedule, accumulate) = (setup.schedule, setup.accumulate);
+        Toy { model, optimizer, schedule, sampler, average, run: run.build().unwrap(), accumulate }
+    }
+
+    /// Resumes or starts; what was drawn before doesn't matter to a resumed run.
+    pub fn start(&mut self) -> Result<Start> {
+        let (run, mut parts) = self.split();
+        run.resume_or_start(&mut parts)
+    }
+
+    /// One step, without telling the run of it.
+    pub fn train(&mut self) {
+        let features = (Tensor::arange(ROWS as i64 * IN, CPU) * 12.9898).sin().view([ROWS as i64, IN]);
+        let labels = Tensor::arange(ROWS as i64, (Kind::Int64, Device::Cpu)).remainder(8);
+        for _ in 0..self.accumulate {
+            let rows: Vec<i64> = self.sampler.next_batch().into_iter().map(|row| row as i64).collect();
+            let rows = Tensor::from_slice(&rows);
+            let output = self.model.forward(&features.index_select(0, &rows)).unwrap();
+            output.cross_entropy_for_logits(&labels.index_select(0, &rows)).backward();
+        }
+        self.optimizer.step().unwrap();
+        self.optimizer.zero_grad().unwrap();
+        if let Some(average) = &mut self.average {
+            average.update(&self.model);
+        }
+    }
+
+    /// One step, counted and saved if due.
+    pub fn step(&mut self) -> Result<tch_peft::StepReport> {
+        self.train();
+        let (run, mut parts) = self.split();
+        run.step(&mut parts)
+    }
+
+    pub fn save(&mut self) -> Result<std::path::PathBuf> {
+        let (run, mut parts) = self.split();
+        run.save(&mut parts)
+    }
+
+    pub fn train_to(&mut self, step: u64) {
+        while self.run.current_step() < step {
+            self.step().unwrap();
+        }
+        self.run.flush().unwrap();
+    }
+
+    fn split(&mut self) -> (&mut Run, Parts<'_>) {
+        let parts = Parts::new(&mut self.model, self.optimizer.as_mut(), &self.schedule, &mut self.sampler);
+        let parts = match &mut self.average {
+            Some(average) => parts.with("average", average),
+            None => parts,
+        };
+        (&mut self.run, parts)
+    }
+
+    /// The adapter's file.
+    pub fn adapter(&self) -> Vec<u8> {
+        self.model.adapter_files().unwrap().remove(0).1
+    }
+
+    /// All that a checkpoint would bring back, to be compared.
+    pub fn everything(&self) -> Vec<u8> {
+        let mut bytes = self.adapter();
+        let mut add = |tensors: std::collections::BTreeMap<String, Tensor>| {
+            for (name, tensor) in tensors {
+                bytes.extend(name.bytes());
+                bytes.extend(super::common::bits(&tensor));
+            }
+        };
+        add(self.optimizer.export_state().unwrap().tensors);
+        if let Some(average) = &self.average {
+            add(average.export_state().unwrap().tensors);
+        }
+        bytes.extend(format!("{:?}", self.sampler.state()).bytes());
+        bytes.extend(serde_json::to_vec(&tch_peft::RngState::capture(&[]).unwrap()).unwrap());
+        bytes
+    }
+}
+
+/// The adapter after so many steps without any interruption.
+pub fn straight(setup: Setup, dir: &Path, steps: u64) -> Vec<u8> {
+    let mut toy = Toy::new(setup, Run::builder(dir));
+    toy.start().unwrap();
+    toy.train_to(steps);
+    toy.adapter()
+}
+
+/// A moving average of the adapter: a part that the crate doesn't know.
+pub struct Average {
+    shadow: Vec<(String, Tensor)>,
+    updates: u64,
+}
+
+impl Average {
+    fn new(model: &LoraModel<Net>) -> Self {
+        let shadow = model.parameters().into_iter().map(|p| (p.name, p.tensor.detach().copy())).collect();
+        Average { shadow, updates: 0 }
+    }
+
+    fn update(&mut self, model: &LoraModel<Net>) {
+        for ((_, shadow), parameter) in self.shadow.iter_mut().zip(model.parameters()) {
+            *shadow = &*shadow * 0.9 + parameter.tensor.detach() * 0.1;
+        }
+        self.updates += 1;
+    }
+}
+
+impl Stateful for Average {
+    fn export_state(&self) -> Result<State> {
+        Ok(State {
+            kind: "average".into(),
+            settings: serde_json::json!({"decay": 0.9}),
+            values: serde_json::json!({"updates": self.updates}),
+            tensors: self.shadow.iter().map(|(name, tensor)| (name.clone(), tensor.copy())).collect(),
+        })
+    }
+
+    fn check_state(&self, state: &State) -> Result<()> {
+        let names = self.shadow.iter().all(|(name, _)| state.tensors.contains_key(name));
+        if state.kind != "average" || !names || state.values["updates"].as_u64().is_none() {
+            let differences = vec![format!("kind: recorded {}, given average", state.kind)];
+            return Err(Error::DifferentConfig { what: "average".into(), differences });
+        }
+        Ok(())
+    }
+
+    fn import_state(&mut self, state: State) -> Result<()> {
+        self.check_state(&state)?;
+        self.updates = state.values["updates"].as_u64().unwrap();
+        for (name, shadow) in &mut self.shadow {
+            *shadow = state.tensors[name].copy();
+        }
+        Ok(())
+    }
+}
