@@ -107,9 +107,15 @@ char* tp_fused_sgd(tp_list params, tp_list grads, tp_list buffers, double weight
 
 int tp_autocast_kind(int device);
 bool tp_set_graph_executor_optimize(bool on);
-char* tp_module_types(void* module, void* sink, void (*visit)(void* sink, const char* path, const char* type));
+char* tp_module_types(void* module, void* sink, void (*visit)(void* sink, const char* path, const char* type,
+                                                             int64_t groups));
 char* tp_module_buffers(void* module, void* sink, void (*visit)(void* sink, const char* path, tp_tensor tensor));
 char* tp_module_set_training(void* module, bool on);
 void tp_trim_heap();
+
+char* tp_parallel_for(size_t n, void* context, bool (*call)(void* context, size_t begin, size_t end, std::string* error));
+bool tp_has_onednn();
+char* tp_onednn_linear(tp_tensor x, tp_tensor w, tp_tensor* out);
+
 const char* tp_cuda_status();
 }

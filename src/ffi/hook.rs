@@ -44,6 +44,13 @@ impl<'a> Operator<'a> {
         }
     }
 
+    pub(crate) fn bias(&self) -> Option<&'a Tensor> {
+        match *self {
+            Operator::Linear { bias, .. } | Operator::Convolution { bias, .. } => bias,
+            Operator::Embedding { .. } => None,
+        }
+    }
+
     /// The same operator on another input.
     pub(crate) fn with_input<'b>(&self, input: &'b Tensor) -> Operator<'b>
     where
@@ -53,6 +60,15 @@ impl<'a> Operator<'a> {
             Operator::Linear { bias, transposed, .. } => Operator::Linear { x: input, bias, transposed },
             Operator::Convolution { bias, form, .. } => Operator::Convolution { x: input, bias, form },
             Operator::Embedding { form, .. } => Operator::Embedding { indices: input, form },
+        }
+    }
+
+    /// The same operator without its bias.
+    pub(crate) fn without_bias(&self) -> Operator<'a> {
+        match *self {
+            Operator::Linear { x, transposed, .. } => Operator::Linear { x, bias: None, transposed },
+            Operator::Convolution { x, form, .. } => Operator::Convolution { x, bias: None, form },
+            embedding => embedding,
         }
     }
 }

@@ -5,7 +5,7 @@
 //! its r channels, in the base's groups.
 
 use super::factors::Factors;
-use super::layer::LoraLayer;
+use super::layer::{Factored, LoraLayer, OutputChannels, foreign};
 use crate::base::Adapter;
 use crate::error::{Error, Result};
 use crate::ffi::hook::{ConvolutionForm, Operator};
@@ -32,30 +32,7 @@ impl Adapter for LoraConv {
     }
 
     fn addition(&self, _: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Option<Tensor>> {
-        let Operator::Convolution { x, form, .. } = *operator else { return Ok(None) };
-        if form.groups != self.groups {
-            return Err(Error::Mismatch {
-                name: "groups of an adapted convolution".into(),
-                expected: format!("{} (state them with `Base::declare`)", self.groups),
-                found: form.groups.to_string(),
-            });
-        }
-        let (kind, factors) = (x.f_kind()?, &self.factors);
-        let x = match factors.live_dropout() {
-            0.0 => x.shallow_clone(),
-            p => x.f_dropout(p, true)?,
-        };
-        let (a, b) = (factors.a().f_to_kind(kind)?, factors.b().f_to_kind(kind)?);
-        let bias = factors.bias().map(|bias| bias.f_to_kind(kind)).transpose()?;
-        let u = convolve(&x, &a, None, &ConvolutionForm { groups: 1, ..form.clone() })?;
-        let pointwise = |n: i64| vec![n; form.stride.len()];
-        let mix = ConvolutionForm {
-            stride: pointwise(1),
-            padding: pointwise(0),
-            dilation: pointwise(1),
-            groups: self.groups,
-        };
-        Ok(Some(convolve(&u, &b, bias.as_ref(), &mix)?.f_mul_scalar(factors.scaling())?))
+        self.dropped_product(operator)
     }
 
     /// s · B · A over the flattened kernel. With groups, A sees channels that
@@ -67,6 +44,43 @@ impl Adapter for LoraConv {
         }
         let product = self.factors.b().f_flatten(1, -1)?.f_mm(&self.factors.a().f_flatten(1, -1)?)?;
         Ok(product.f_mul_scalar(self.factors.scaling())?.f_view(weight.sizes())?.f_to_kind(kind)?)
+    }
+}
+
+impl Factored for LoraConv {
+    fn factors(&self) -> &Factors {
+        &self.factors
+    }
+
+    fn transposed(&self) -> bool {
+        false
+    }
+
+    fn output_channels(&self) -> OutputChannels {
+        OutputChannels::Second
+    }
+
+    fn takes_part(&self, operator: &Operator) -> Result<bool> {
+        let Operator::Convolution { form, .. } = operator else { return Ok(false) };
+        if form.groups == self.groups {
+            return Ok(true);
+        }
+        Err(Error::Mismatch {
+            name: "groups of an adapted convolution".into(),
+            expected: format!("{}, as the base was told", self.groups),
+            found: format!("{}; state it with `Base::declare` and `WeightRole::Conv`", form.groups),
+        })
+    }
+
+    fn product(&self, operator: &Operator) -> Result<Tensor> {
+        let Operator::Convolution { x, form, .. } = *operator else { return Err(foreign("a convolution")) };
+        let (kind, factors) = (x.f_kind()?, &self.factors);
+        let (a, b) = (factors.a().f_to_kind(kind)?, factors.b().f_to_kind(kind)?);
+        let bias = factors.bias().map(|bias| bias.f_to_kind(kind)).transpose()?;
+        let u = convolve(x, &a, None, &ConvolutionForm { groups: 1, ..form.clone() })?;
+        let all = |n: i64| vec![n; form.stride.len()];
+        let mix = ConvolutionForm { stride: all(1), padding: all(0), dilation: all(1), groups: self.groups };
+        Ok(convolve(&u, &b, bias.as_ref(), &mix)?.f_mul_scalar(factors.scaling())?)
     }
 }
 

@@ -4,7 +4,7 @@
 //! part in it, as in PEFT.
 
 use super::factors::Factors;
-use super::layer::LoraLayer;
+use super::layer::{Factored, LoraLayer, OutputChannels, foreign};
 use crate::base::Adapter;
 use crate::error::Result;
 use crate::ffi::hook::Operator;
@@ -29,16 +29,38 @@ impl Adapter for LoraEmbedding {
     }
 
     fn addition(&self, _: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Option<Tensor>> {
-        let Operator::Embedding { indices, form } = *operator else { return Ok(None) };
-        let table = self.factors.a().f_tr()?;
-        let a = Tensor::f_embedding(&table, indices, form.padding_idx, form.scale_grad_by_freq, form.sparse)?;
-        Ok(Some(a.f_matmul(&self.factors.b().f_tr()?)?.f_mul_scalar(self.factors.scaling())?))
+        self.dropped_product(operator)
     }
 
     /// s · (B · A)ᵀ, (rows, dim).
     fn delta(&self, _: &Arc<dyn PackedWeight>, kind: Kind) -> Result<Tensor> {
         let product = self.factors.a().f_tr()?.f_mm(&self.factors.b().f_tr()?)?;
         Ok(product.f_mul_scalar(self.factors.scaling())?.f_to_kind(kind)?)
+    }
+}
+
+impl Factored for LoraEmbedding {
+    fn factors(&self) -> &Factors {
+        &self.factors
+    }
+
+    fn transposed(&self) -> bool {
+        true
+    }
+
+    fn output_channels(&self) -> OutputChannels {
+        OutputChannels::Last
+    }
+
+    fn takes_part(&self, operator: &Operator) -> Result<bool> {
+        Ok(matches!(operator, Operator::Embedding { .. }))
+    }
+
+    fn product(&self, operator: &Operator) -> Result<Tensor> {
+        let Operator::Embedding { indices, form } = *operator else { return Err(foreign("an embedding")) };
+        let table = self.factors.a().f_tr()?;
+        let a = Tensor::f_embedding(&table, indices, form.padding_idx, form.scale_grad_by_freq, form.sparse)?;
+        Ok(a.f_matmul(&self.factors.b().f_tr()?)?.f_mul_scalar(self.factors.scaling())?)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::layer::{LayerSpec, Switches};
 use crate::error::Result;
+use crate::ffi::hook::Operator;
 use crate::ffi::shared::SharedTensor;
 use crate::quant::PackedWeight;
 use std::sync::Arc;
@@ -72,6 +73,18 @@ impl Factors {
     /// The probability of dropping an input, 0 where dropout is off.
     pub(super) fn live_dropout(&self) -> f64 {
         if self.switches.training.load(Ordering::Relaxed) { self.dropout } else { 0.0 }
+    }
+
+    /// Whether dropout is live and has a part in the operator: indices can't
+    /// be dropped.
+    pub(super) fn drops(&self, operator: &Operator) -> bool {
+        self.live_dropout() > 0.0 && !matches!(operator, Operator::Embedding { .. })
+    }
+
+    /// x with elements dropped, where that is live: drawn as PEFT draws them.
+    pub(super) fn dropped(&self, operator: &Operator) -> Result<Option<Tensor>> {
+        let drop = || operator.input().f_dropout(self.live_dropout(), true);
+        Ok(self.drops(operator).then(drop).transpose()?)
     }
 
     /// The tensors with PEFT's key ends, the factors in the layer's own names.

@@ -2,7 +2,7 @@
 
 use super::InitLoraWeights;
 use super::layer::{LayerForm, LayerSpec};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 /// New A and B of these sizes and the bias of `lora_B` if there is one, drawn
@@ -35,7 +35,7 @@ pub(super) fn initial(
             }
         }
         // Refused by name before it comes to this.
-        other => return Err(crate::Error::Unsupported { fields: vec![format!("init_lora_weights = {other:?}")] }),
+        other => return Err(Error::Unsupported { fields: vec![format!("init_lora_weights = {other:?}")] }),
     }
     Ok((a, b, bias))
 }
@@ -59,7 +59,8 @@ mod tests {
 
     fn drawn(init: InitLoraWeights, [out, inn]: [i64; 2]) -> (Tensor, Tensor) {
         let form = LayerForm::Linear { fan_in_fan_out: false };
-        let spec = LayerSpec { form, r: 16, scaling: 1.0, dropout: 0.0, lora_bias: false, init, kind: None };
+        let spec =
+            LayerSpec { form, r: 16, scaling: 1.0, dropout: 0.0, lora_bias: false, use_dora: false, init, kind: None };
         let sizes = spec.factor_sizes(&[out, inn]).unwrap();
         let (a, b, _) = initial(&spec, sizes, (Kind::Float, Device::Cpu)).unwrap();
         (a, b)

@@ -2,11 +2,13 @@
 
 use super::InitLoraWeights;
 use super::conv::LoraConv;
+use super::dora::Dora;
 use super::embedding::LoraEmbedding;
 use super::factors::Factors;
 use super::linear::LoraLinear;
 use crate::base::Adapter;
 use crate::error::{Error, Result};
+use crate::ffi::hook::Operator;
 use crate::quant::PackedWeight;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -44,6 +46,63 @@ pub(crate) trait LoraLayer: Adapter {
     }
 }
 
+/// LoRA by two factors, which DoRA builds on.
+pub(super) trait Factored: LoraLayer {
+    fn factors(&self) -> &Factors;
+
+    /// Whether the output features are the weight's columns.
+    fn transposed(&self) -> bool;
+
+    /// Where the operator's result has them.
+    fn output_channels(&self) -> OutputChannels;
+
+    /// Whether the operator is the one of this layer. Errors for one that uses
+    /// the weight in a way that the adapter can't follow.
+    fn takes_part(&self, operator: &Operator) -> Result<bool>;
+
+    /// s · B·A·x for an operator that it takes part in, by autograd's own
+    /// operators and without dropout.
+    fn product(&self, operator: &Operator) -> Result<Tensor>;
+
+    /// [`Factored::product`] of the dropped x.
+    fn dropped_product(&self, operator: &Operator) -> Result<Option<Tensor>> {
+        if !self.takes_part(operator)? {
+            return Ok(None);
+        }
+        let dropped = self.factors().dropped(operator)?;
+        Ok(Some(match &dropped {
+            Some(x) => self.product(&operator.with_input(x))?,
+            None => self.product(operator)?,
+        }))
+    }
+}
+
+/// For an operator of another layer, which `takes_part` keeps away.
+pub(super) fn foreign(layer: &str) -> Error {
+    Error::Mismatch { name: "operator".into(), expected: format!("that of {layer}"), found: "another".into() }
+}
+
+/// The dimension of a result that counts output features.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum OutputChannels {
+    Last,
+    Second,
+}
+
+impl OutputChannels {
+    /// One value per feature in a shape that multiplies a result of `dims` dimensions.
+    pub(super) fn broadcast(self, values: &Tensor, dims: usize) -> Result<Tensor> {
+        match self {
+            OutputChannels::Last => Ok(values.shallow_clone()),
+            OutputChannels::Second => {
+                let mut shape = vec![1; dims];
+                shape[1] = -1;
+                Ok(values.f_view(shape.as_slice())?)
+            }
+        }
+    }
+}
+
 /// The layer that a weight belongs to, hence the shapes of its adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LayerForm {
@@ -65,6 +124,8 @@ pub(crate) struct LayerSpec {
     pub(crate) dropout: f64,
     /// Whether `lora_B` has a bias.
     pub(crate) lora_bias: bool,
+    /// Whether magnitude and direction are trained apart.
+    pub(crate) use_dora: bool,
     pub(crate) init: InitLoraWeights,
     /// The adapter's dtype; by default f32, as PEFT's is, also on a weight of
     /// bf16 or f16.
@@ -77,12 +138,32 @@ impl LayerSpec {
     /// # Errors
     /// [`Error::Config`] for a combination that makes no sense.
     pub(crate) fn build(&self, weight: &Arc<dyn PackedWeight>, switches: &Arc<Switches>) -> Result<Arc<dyn LoraLayer>> {
+        self.check()?;
         let factors = Factors::new(self, weight.as_ref(), Arc::clone(switches))?;
-        Ok(match self.form {
-            LayerForm::Linear { fan_in_fan_out } => Arc::new(LoraLinear::new(factors, fan_in_fan_out)),
-            LayerForm::Embedding => Arc::new(LoraEmbedding::new(factors)),
-            LayerForm::Conv { groups } => Arc::new(LoraConv::new(factors, groups)),
-        })
+        match self.form {
+            LayerForm::Linear { fan_in_fan_out } => self.finish(LoraLinear::new(factors, fan_in_fan_out), weight),
+            LayerForm::Embedding => self.finish(LoraEmbedding::new(factors), weight),
+            LayerForm::Conv { groups } => self.finish(LoraConv::new(factors, groups), weight),
+        }
+    }
+
+    fn finish<L: Factored + 'static>(&self, layer: L, weight: &Arc<dyn PackedWeight>) -> Result<Arc<dyn LoraLayer>> {
+        Ok(if self.use_dora { Arc::new(Dora::new(layer, weight)?) } else { Arc::new(layer) })
+    }
+
+    /// Combinations that make no sense.
+    fn check(&self) -> Result<()> {
+        let embedding = self.form == LayerForm::Embedding;
+        if self.lora_bias && (self.use_dora || embedding) {
+            return Err(Error::config("lora_bias", "false with use_dora, and on embeddings", true));
+        }
+        match self.form {
+            LayerForm::Conv { groups } if groups != 1 && self.use_dora => {
+                let found = format!("a convolution in {groups} groups, whose weight can't hold its ΔW");
+                Err(Error::config("use_dora", "layers without groups", found))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The sizes of A and B on a weight of these sizes.

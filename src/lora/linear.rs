@@ -5,11 +5,12 @@
 //! dropout, the mask as one byte per element. W stays packed.
 
 use super::factors::Factors;
-use super::layer::LoraLayer;
+use super::layer::{Factored, LoraLayer, OutputChannels, foreign};
 use crate::base::Adapter;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
 use crate::ffi::hook::Operator;
+use crate::quant::frozen::frozen;
 use crate::quant::linear::{Like, Rows, bias_gradient, gradient_rows};
 use crate::quant::{LinearMap, PackedWeight};
 use std::sync::Arc;
@@ -26,20 +27,6 @@ impl LoraLinear {
     pub(super) fn new(factors: Factors, fan_in_fan_out: bool) -> Self {
         LoraLinear { factors, fan_in_fan_out }
     }
-
-    /// The factors as an operator meets them: down (r, in), up (out, r) and the
-    /// bias of up.
-    ///
-    /// A weight that is used the other way round than its layer does, as a tied
-    /// one may be, has ΔWᵀ = s · Aᵀ · Bᵀ.
-    fn roles(&self, transposed: bool) -> Result<(Tensor, Tensor, Option<Tensor>)> {
-        let (a, b) = (self.factors.a(), self.factors.b());
-        if transposed == self.fan_in_fan_out {
-            Ok((a, b, self.factors.bias()))
-        } else {
-            Ok((b.f_tr()?, a.f_tr()?, None))
-        }
-    }
 }
 
 impl Adapter for LoraLinear {
@@ -47,25 +34,15 @@ impl Adapter for LoraLinear {
         self.factors.active()
     }
 
-    /// The same sum by autograd's own operators.
     fn addition(&self, _: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Option<Tensor>> {
-        let Operator::Linear { x, transposed, .. } = *operator else { return Ok(None) };
-        let (kind, (down, up, bias)) = (x.f_kind()?, self.roles(transposed)?);
-        let x = match self.factors.live_dropout() {
-            0.0 => x.shallow_clone(),
-            p => x.f_dropout(p, true)?,
-        };
-        let u = x.f_linear(&down.f_to_kind(kind)?, None::<&Tensor>)?;
-        let bias = bias.map(|bias| bias.f_to_kind(kind)).transpose()?;
-        Ok(Some(u.f_linear(&up.f_to_kind(kind)?, bias.as_ref())?.f_mul_scalar(self.factors.scaling())?))
+        self.dropped_product(operator)
     }
 
     fn apply(&self, weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
-        let Operator::Linear { x, bias, transposed } = *operator else {
-            return crate::quant::frozen::frozen(weight, operator);
-        };
+        let Operator::Linear { x, bias, transposed } = *operator else { return frozen(weight, operator) };
+        self.takes_part(operator)?;
         let map = LinearMap::new(weight, transposed);
-        let (down, up, up_bias) = self.roles(transposed)?;
+        let (a, b, b_bias) = (self.factors.a(), self.factors.b(), self.factors.bias());
         let (scaling, p) = (self.factors.scaling(), self.factors.live_dropout());
         let rows = Rows::new(map.inn(), x)?;
         let (y, v, mask) = {
@@ -78,25 +55,25 @@ impl Adapter for LoraLinear {
                 None => x.shallow_clone(),
                 Some(mask) => x.f_mul(mask)?,
             };
-            let v = dropped.f_mm(&down.f_to_kind(kind)?.f_tr()?)?.f_mul_scalar_(scaling / (1.0 - p))?;
-            let _ = y.f_addmm_(&v, &up.f_to_kind(kind)?.f_tr()?)?;
-            if let Some(bias) = &up_bias {
+            let v = dropped.f_mm(&a.f_to_kind(kind)?.f_tr()?)?.f_mul_scalar_(scaling / (1.0 - p))?;
+            let _ = y.f_addmm_(&v, &b.f_to_kind(kind)?.f_tr()?)?;
+            if let Some(bias) = &b_bias {
                 let _ = y.f_add_(&bias.f_mul_scalar(scaling)?.f_to_kind(kind)?)?;
             }
             (rows.reshape(&y)?, v, mask)
         };
-        let biases: Vec<&Tensor> = bias.into_iter().chain(&up_bias).collect();
-        let inputs: Vec<&Tensor> = [x, &down, &up].into_iter().chain(biases.iter().copied()).collect();
+        let biases: Vec<&Tensor> = bias.into_iter().chain(&b_bias).collect();
+        let inputs: Vec<&Tensor> = [x, &a, &b].into_iter().chain(biases.iter().copied()).collect();
         if autograd::needs_grad(&inputs) {
             let node = LoraNode {
                 map,
                 x: Like::new(x)?,
-                kind: down.f_kind()?,
+                kind: a.f_kind()?,
                 scaling: scaling / (1.0 - p),
                 bias: bias.map(|b| b.f_kind()).transpose()?.map(|kind| (kind, 1.0)),
-                up_bias: up_bias.as_ref().map(|b| b.f_kind()).transpose()?.map(|kind| (kind, scaling)),
+                b_bias: b_bias.as_ref().map(|b| b.f_kind()).transpose()?.map(|kind| (kind, scaling)),
             };
-            let saved: Vec<&Tensor> = [&rows.matrix, &v, &down, &up].into_iter().chain(&mask).collect();
+            let saved: Vec<&Tensor> = [&rows.matrix, &v, &a, &b].into_iter().chain(&mask).collect();
             autograd::record(&inputs, &saved, &y, Box::new(node))?;
         }
         Ok(y)
@@ -107,6 +84,38 @@ impl Adapter for LoraLinear {
         let (a, b) = (self.factors.a(), self.factors.b());
         let product = if self.fan_in_fan_out { a.f_tr()?.f_mm(&b.f_tr()?)? } else { b.f_mm(&a)? };
         Ok(product.f_mul_scalar(self.factors.scaling())?.f_to_kind(kind)?)
+    }
+}
+
+impl Factored for LoraLinear {
+    fn factors(&self) -> &Factors {
+        &self.factors
+    }
+
+    fn transposed(&self) -> bool {
+        self.fan_in_fan_out
+    }
+
+    fn output_channels(&self) -> OutputChannels {
+        OutputChannels::Last
+    }
+
+    fn takes_part(&self, operator: &Operator) -> Result<bool> {
+        let Operator::Linear { transposed, .. } = *operator else { return Ok(false) };
+        if transposed == self.fan_in_fan_out {
+            return Ok(true);
+        }
+        let (used, found) = if transposed { ("x · W", false) } else { ("x · Wᵀ", true) };
+        Err(Error::config("fan_in_fan_out", format!("{transposed} for a weight that the model uses as {used}"), found))
+    }
+
+    fn product(&self, operator: &Operator) -> Result<Tensor> {
+        let Operator::Linear { x, .. } = *operator else { return Err(foreign("a linear layer")) };
+        let kind = x.f_kind()?;
+        let (a, b) = (self.factors.a().f_to_kind(kind)?, self.factors.b().f_to_kind(kind)?);
+        let bias = self.factors.bias().map(|bias| bias.f_to_kind(kind)).transpose()?;
+        let u = x.f_linear(&a, None::<&Tensor>)?;
+        Ok(u.f_linear(&b, bias.as_ref())?.f_mul_scalar(self.factors.scaling())?)
     }
 }
 
@@ -142,16 +151,16 @@ struct LoraNode {
     kind: Kind,
     /// s, over the share of inputs that dropout keeps.
     scaling: f64,
-    /// The dtype and the factor of each bias.
+    /// The dtype and the factor of each bias, the layer's and B's.
     bias: Option<(Kind, f64)>,
-    up_bias: Option<(Kind, f64)>,
+    b_bias: Option<(Kind, f64)>,
 }
 
 impl Backward for LoraNode {
     /// With w = s · dY·B:
     /// dB = dYᵀ·v, dA = wᵀ·drop(x), dX = dY·W + drop'(w·A).
     fn backward(&self, grad: &Tensor, saved: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let [x, v, down, up, mask @ ..] = saved else { return Ok(Vec::new()) };
+        let [x, v, a, b, mask @ ..] = saved else { return Ok(Vec::new()) };
         let mask = mask.first();
         let needs = |i: usize| needed.get(i) == Some(&true);
         let kind = x.f_kind()?;
@@ -159,13 +168,13 @@ impl Backward for LoraNode {
 
         let mut grads = vec![None, None, None];
         if needs(0) || needs(1) {
-            let w = grad.f_mm(&up.f_to_kind(kind)?)?.f_mul_scalar_(self.scaling)?;
+            let w = grad.f_mm(&b.f_to_kind(kind)?)?.f_mul_scalar_(self.scaling)?;
             if needs(0) {
                 let mut dx = self.map.adjoint(&grad)?;
-                let down = down.f_to_kind(kind)?;
+                let a = a.f_to_kind(kind)?;
                 let _ = match mask {
-                    None => dx.f_addmm_(&w, &down)?,
-                    Some(mask) => dx.f_add_(&w.f_mm(&down)?.f_mul(mask)?)?,
+                    None => dx.f_addmm_(&w, &a)?,
+                    Some(mask) => dx.f_add_(&w.f_mm(&a)?.f_mul(mask)?)?,
                 };
                 grads[0] = Some(self.x.shaped(&dx)?);
             }
@@ -177,7 +186,7 @@ impl Backward for LoraNode {
         if needs(2) {
             grads[2] = Some(grad.f_tr()?.f_mm(v)?.f_to_kind(self.kind)?);
         }
-        for (kind, factor) in self.bias.iter().chain(&self.up_bias) {
+        for (kind, factor) in self.bias.iter().chain(&self.b_bias) {
             let wanted = needs(grads.len());
             let sum = |grad: &Tensor| -> Result<Tensor> { Ok(bias_gradient(grad, *kind)?.f_mul_scalar_(*factor)?) };
             grads.push(wanted.then(|| sum(&grad)).transpose()?);

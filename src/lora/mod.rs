@@ -4,6 +4,7 @@
 mod combine;
 mod config;
 mod conv;
+mod dora;
 mod embedding;
 mod factors;
 mod init;

@@ -198,7 +198,9 @@ fn layer_spec(
 ) -> Result<LayerSpec> {
     let form = match role {
         WeightRole::Embedding => LayerForm::Embedding,
-        WeightRole::Conv => LayerForm::Conv { groups: 1 },
+        WeightRole::Conv { groups } => LayerForm::Conv { groups },
+        // As in PEFT, a module's class decides where it is known.
+        WeightRole::Conv1D => LayerForm::Linear { fan_in_fan_out: true },
         WeightRole::Linear | WeightRole::Other => LayerForm::Linear { fan_in_fan_out: config.fan_in_fan_out },
     };
     if config.lora_bias && form == LayerForm::Embedding {
@@ -210,6 +212,7 @@ fn layer_spec(
         scaling: settings.scaling,
         dropout: config.lora_dropout,
         lora_bias: config.lora_bias,
+        use_dora: config.use_dora,
         init,
         kind: config.dtype,
     })

@@ -1,10 +1,10 @@
 //! A frozen weight as a linear map of rows, in either direction.
 
-use super::PackedWeight;
 use super::linear::{product, product_transposed};
+use super::{PackedWeight, tiles};
 use crate::error::Result;
 use std::sync::Arc;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// x · Wᵀ, or x · W for a weight that is used as (in, out).
 #[derive(Debug, Clone)]
@@ -38,6 +38,25 @@ impl LinearMap {
             let _ = y.f_add_(&bias.f_to_kind(y.f_kind()?)?)?;
         }
         Ok(y)
+    }
+
+    /// ‖W‖² of what each output feature is made from, (out) in `kind`.
+    pub(crate) fn row_norms_squared(&self, kind: Kind) -> Result<Tensor> {
+        let (weight, [rows, columns]) = (self.weight.as_ref(), self.weight.shape());
+        let norms = Tensor::f_zeros([self.out()], (kind, weight.device()))?;
+        tiles::for_each(rows, columns, |start, n| {
+            tiles::with_scratch(n, columns, kind, weight.device(), |tile| {
+                weight.unpack_rows(start, tile)?;
+                let sum = |dim: i64| tile.f_square()?.f_sum_dim_intlist([dim].as_slice(), false, None);
+                if self.transposed {
+                    let _ = norms.shallow_clone().f_add_(&sum(0)?)?;
+                } else {
+                    norms.f_narrow(0, start, n)?.f_copy_(&sum(1)?)?;
+                }
+                Ok(())
+            })
+        })?;
+        Ok(norms)
     }
 
     /// The adjoint: g (n, out) to (n, in), in the dtype of g.

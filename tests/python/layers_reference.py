@@ -15,14 +15,15 @@ import sys
 import warnings
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from mirror import adapters, snapshot
 from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
 from peft import LoraConfig, get_peft_model
+from quant_reference import dequantize_4bit, quantize_4bit
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 STEPS, LR = 3, 0.05
 
@@ -65,23 +66,12 @@ class Gpt(nn.Module):
     """HF's Conv1D: `addmm` with a weight (in, out)."""
 
     def __init__(self):
-        from transformers.pytorch_utils import Conv1D
-
         super().__init__()
         self.c_fc = Conv1D(48, 64)
         self.c_proj = Conv1D(5, 48)
 
     def forward(self, x):
         return self.c_proj(torch.tanh(self.c_fc(x)))
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mha = nn.MultiheadAttention(64, 4, batch_first=True)
-
-    def forward(self, x):
-        return self.mha(x, x, x, need_weights=False)[0]
 
 
 def image(dims: int):
@@ -126,7 +116,6 @@ CASES = {
     "linear_no_bias": (lambda: Linears(bias=False), features, LINEAR, 1),
     "linear_dropout": (lambda: Linears(), features, LINEAR | dict(lora_dropout=0.3), 1),
     "gpt": (lambda: Gpt(), features, LINEAR | dict(target_modules=["c_fc", "c_proj"], fan_in_fan_out=True), 1),
-    "attention": (lambda: Attention(), features, LINEAR | dict(target_modules=["mha"]), 1),
 }
 for name, settings in {"linear": LINEAR, "conv2d": CONV, "conv1d": CONV}.items():
     CASES[f"{name}_lora_bias"] = (*CASES[name][:2], settings | dict(lora_bias=True), 1)
@@ -144,8 +133,8 @@ def quantised(weight: torch.Tensor, base: str) -> torch.Tensor:
     if base == "int8":
         values = quantize_weight(matrix, qint8, 0, AbsmaxOptimizer()(matrix, qint8, axis=0), optimized=False).dequantize()
     else:
-        packed, state = bnb.quantize_4bit(matrix.contiguous(), blocksize=64, quant_type="nf4")
-        values = bnb.dequantize_4bit(packed, state)
+        packed, scales = quantize_4bit(matrix, 64, "nf4", torch.uint8)
+        values = dequantize_4bit(packed, scales, 64, "nf4", matrix.shape, matrix.dtype)
     return values.view(weight.shape)
 
 
@@ -172,6 +161,16 @@ def randomise(model, seed: int) -> None:
             p.copy_(p * (1 + noise) if "magnitude" in name else noise)
 
 
+def key(name: str) -> str:
+    """The key of a parameter in a file, where it isn't PEFT's own name."""
+    return name.removesuffix(".default").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+
+def runs(case: str, base: str, dtype: torch.dtype) -> bool:
+    """PEFT's DoRA of a convolution fails in bf16: it computes with inputs of f32 and weights of bf16."""
+    return not (case.startswith("dora_conv") and dtype == torch.bfloat16)
+
+
 def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
     module, inputs, settings, groups = CASES[case]
     torch.manual_seed(sum(map(ord, case)))
@@ -189,9 +188,9 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
         traced.save(str(folder / "model.pt"))
         adapted = copy.deepcopy(model)
         if base != "dense":
-            for name, parameter in adapted.named_parameters():
-                if name.endswith("weight") and parameter.dim() >= 2:
-                    parameter.data = quantised(parameter.data, base).to(dtype)
+            for layer in adapted.modules():
+                if isinstance(layer, (nn.Linear, Conv1D)):
+                    layer.weight.data = quantised(layer.weight.data, base).to(dtype)
         peft_model = get_peft_model(adapted, LoraConfig(**copy.deepcopy(settings)))
         repair(peft_model)
         randomise(peft_model, seed=1)
@@ -215,7 +214,7 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
         if x.is_floating_point():
             record |= snapshot(f"{step}.", {"x_grad": x.grad})
         parameters = adapters(peft_model)
-        record |= snapshot(f"{step}.grad.", {name: p.grad for name, p in parameters.items()})
+        record |= snapshot(f"{step}.grad.", {key(name): p.grad for name, p in parameters.items()})
         with torch.no_grad():
             for p in parameters.values():
                 p -= LR * p.grad
@@ -227,7 +226,7 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
 def main() -> None:
     torch.set_num_threads(2)
     out = Path(sys.argv[1])
-    cases = [make(case, base, dtype, out) for case in CASES for base, dtype in VARIANTS]
+    cases = [make(case, base, dtype, out) for case in CASES for base, dtype in VARIANTS if runs(case, base, dtype)]
     (out / "cases.json").write_text(json.dumps(cases))
 
 
