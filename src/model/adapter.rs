@@ -9,11 +9,14 @@ use crate::lora::{
     TargetModules, TokenIndices, TokenRows,
 };
 use crate::names;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// The adapter that a model starts with, as in PEFT.
 pub(super) const DEFAULT: &str = "default";
+
+/// Parts of adapters by the weights that they are on.
+pub(super) type BySite<'a> = HashMap<*const Site, (&'a Arc<Site>, Vec<Arc<dyn Adapter>>)>;
 
 /// An adapter with its name and configuration.
 #[derive(Debug)]

@@ -1,8 +1,8 @@
 //! Adding, choosing, renaming and deleting adapters.
 
-use super::adapter::{NamedAdapter, check_name};
+use super::adapter::{BySite, NamedAdapter, check_name};
 use super::{BASE_ROW, LoraModel};
-use crate::base::{Adapter, Site};
+use crate::base::Site;
 use crate::error::{Error, Result};
 use crate::lora::{LoraConfig, OneOrMany};
 use std::collections::HashMap;
@@ -236,7 +236,7 @@ impl<M> LoraModel<M> {
     /// Tells every site which adapters take part, and every tensor whether it
     /// requires gradients.
     pub(super) fn sync(&self) -> Result<()> {
-        let mut sites: HashMap<*const Site, (&Arc<Site>, Vec<Arc<dyn Adapter>>)> = HashMap::new();
+        let mut sites = BySite::new();
         for (site, _) in self.all().flat_map(NamedAdapter::sites) {
             sites.entry(Arc::as_ptr(site)).or_insert((site, Vec::new()));
         }
