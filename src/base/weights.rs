@@ -171,9 +171,9 @@ impl Weights {
             }
         }
         let by_default = |role| match role {
-            WeightRole::Linear => true,
+            WeightRole::Linear | WeightRole::Conv1D => true,
             WeightRole::Embedding => config.embeddings(),
-            WeightRole::Conv => config.convolutions(),
+            WeightRole::Conv { .. } => config.convolutions(),
             WeightRole::Other => false,
         };
         let chosen: Vec<(&Weight, Scheme)> =
