@@ -158,8 +158,7 @@ fn main() -> Result<(), Failure> {
                 let repeat: u32 = if n <= 16 { 8 } else { 1 };
                 let mut able = Vec::new();
                 for name in PEERS.iter().chain(&PACKED) {
-                    let request =
-                        json!({"make": name, "out": out, "in": inn, "rows": n, "dtype": dtype, "rank": RANK});
+                    let request = json!({"make": name, "out": out, "in": inn, "rows": n, "dtype": dtype, "rank": RANK});
                     let answer = peer.ask(request)?;
                     match answer["ok"].as_bool() {
                         Some(true) => able.push(name.to_string()),

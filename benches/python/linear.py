@@ -15,6 +15,8 @@ import warnings
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# optimum-quanto builds its kernel for int4 with the ninja of its environment.
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
 warnings.filterwarnings("ignore")
 
 import bitsandbytes as bnb  # noqa: E402

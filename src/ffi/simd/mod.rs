@@ -32,9 +32,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Sixteen f32.
     type V: Copy;
 
-    /// Whether there are registers for sixteen sums and what they need.
-    const WIDE: bool;
-
     /// Runs a kernel compiled for this instruction set.
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
 
