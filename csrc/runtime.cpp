@@ -71,11 +71,13 @@ bool tp_set_graph_executor_optimize(bool on) {
   return before;
 }
 
-char* tp_module_types(void* module, void* sink, void (*visit)(void*, const char*, const char*)) {
+// `groups` is 0 for a module without such a number.
+char* tp_module_types(void* module, void* sink, void (*visit)(void*, const char*, const char*, int64_t groups)) {
   return guarded([&] {
     for (const auto& item : module_of(module)->named_modules()) {
       auto name = item.value.type()->name();
-      visit(sink, item.name.c_str(), name ? name->name().c_str() : "");
+      auto groups = item.value.attr("groups", c10::IValue(0));
+      visit(sink, item.name.c_str(), name ? name->name().c_str() : "", groups.isInt() ? groups.toInt() : 0);
     }
   });
 }

@@ -40,10 +40,25 @@ char* guarded(F&& f) {
 extern "C" {
 using tp_tensor = at::Tensor*;
 
+// How a convolution moves over its input; each list has one entry per
+// dimension of the kernel.
+struct tp_convolution {
+  const int64_t* stride;
+  const int64_t* padding;
+  const int64_t* dilation;
+  size_t dims;
+  int64_t groups;
+};
+
 // What Rust does for an adapted weight. `site` is Rust's object; a false
 // result means that `error` was filled by tp_set_message.
 struct tp_site_calls {
-  bool (*linear)(void* site, tp_tensor x, tp_tensor bias, tp_tensor* out, std::string* error);
+  // x · Wᵀ + bias, or x · W + bias if `transposed`.
+  bool (*linear)(void* site, tp_tensor x, tp_tensor bias, bool transposed, tp_tensor* out, std::string* error);
+  bool (*embedding)(void* site, tp_tensor indices, int64_t padding_idx, bool scale_grad_by_freq, bool sparse,
+                    tp_tensor* out, std::string* error);
+  bool (*convolution)(void* site, tp_tensor x, tp_tensor bias, const tp_convolution* form, tp_tensor* out,
+                      std::string* error);
   bool (*dense)(void* site, const char* op, tp_tensor* out, std::string* error);
   const char* (*name)(void* site);
   void (*drop)(void* site);
@@ -61,6 +76,7 @@ void tp_free_message(char* text);
 void tp_set_message(std::string* error, const char* text, size_t len);
 
 char* tp_attach(tp_tensor weight, const tp_site_calls* calls, void* site);
+char* tp_release(tp_tensor weight, tp_tensor dense);
 void* tp_site_of(tp_tensor weight, const tp_site_calls* calls);
 
 bool tp_needs_grad(const tp_tensor* inputs, size_t n);
@@ -91,9 +107,15 @@ char* tp_fused_sgd(tp_list params, tp_list grads, tp_list buffers, double weight
 
 int tp_autocast_kind(int device);
 bool tp_set_graph_executor_optimize(bool on);
-char* tp_module_types(void* module, void* sink, void (*visit)(void* sink, const char* path, const char* type));
+char* tp_module_types(void* module, void* sink, void (*visit)(void* sink, const char* path, const char* type,
+                                                             int64_t groups));
 char* tp_module_buffers(void* module, void* sink, void (*visit)(void* sink, const char* path, tp_tensor tensor));
 char* tp_module_set_training(void* module, bool on);
 void tp_trim_heap();
+
+char* tp_parallel_for(size_t n, void* context, bool (*call)(void* context, size_t begin, size_t end, std::string* error));
+bool tp_has_onednn();
+char* tp_onednn_linear(tp_tensor x, tp_tensor w, tp_tensor* out);
+
 const char* tp_cuda_status();
 }

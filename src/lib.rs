@@ -70,7 +70,10 @@ mod names;
 pub mod quant;
 mod train;
 
-pub use base::{Base, Fingerprint, QuantizationReport, QuantizedWeight, TorchScript, WeightPrint, WeightRole};
+pub use base::{
+    Base, Fingerprint, Progress, QuantizationReport, QuantizeOptions, QuantizedWeight, TorchScript, WeightPrint,
+    WeightRole,
+};
 pub use checkpoint::{
     Best, Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport,
 };
@@ -78,11 +81,14 @@ pub use error::{Error, Result};
 pub use ffi::runtime::cuda_status;
 pub use format::LoadReport;
 pub use lora::{
-    Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
-    TokenIndices,
+    Bias, Combination, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, MajoritySign,
+    Merge, OneOrMany, TargetModules, TokenIndices,
 };
-pub use model::{DisabledAdapters, ForwardModule, LoraModel, NamedParameter, Summary};
-pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
+pub use model::{
+    BASE_ROW, DisabledAdapters, ForwardModule, LayerStatus, LoraModel, MergeOptions, MergeReport, MergedLayer,
+    MixedBatch, ModelStatus, NamedParameter, Summary,
+};
+pub use quant::{Fp8Format, QuantConfig, QuantConfigBuilder, QuantRule, Scheme, Treatment};
 pub use train::{
     Adafactor, AdafactorRule, AdamW, AdamW8bit, AdamW8bitRule, AdamWBuilder, AdamWRule, GroupedOptimizer, Lion,
     LionRule, Optimizer, OptimizerBuilder, OptimizerState, ParameterGroup, RngState, Sampler, SamplerState, Schedule,

@@ -235,13 +235,18 @@ fn a_file_that_is_no_module_is_an_error() {
     }
 }
 
-/// Embeddings of a TorchScript module are no linear weights, whatever they are called.
+/// The class of a TorchScript module tells an embedding from a linear weight, whatever it is called.
 #[test]
-fn embeddings_are_not_adapted() {
+fn all_linear_leaves_embeddings_out() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let config = LoraConfig::builder().target_modules("all-linear").build().unwrap();
+    let model = LoraModel::wrap(load(dir, "llama-tiny"), config).unwrap();
+    assert!(model.layers().iter().all(|path| path.ends_with("_proj")), "{:?}", model.layers());
     let config = LoraConfig::builder().target_modules(["embed_tokens"]).build().unwrap();
-    let error = LoraModel::wrap(load(dir, "llama-tiny"), config).unwrap_err();
-    assert!(matches!(&error, Error::NoTarget { target, .. } if target == "embed_tokens"), "{error}");
+    let model = LoraModel::wrap(load(dir, "llama-tiny"), config).unwrap();
+    let names: Vec<String> = model.parameters().into_iter().map(|p| p.name).collect();
+    let key = |end: &str| format!("base_model.model.model.embed_tokens.lora_embedding_{end}");
+    assert_eq!(names, [key("A"), key("B")]);
 }
 
 /// Training leaves every weight of the base as it was, and no gradient on it.

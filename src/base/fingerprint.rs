@@ -110,7 +110,7 @@ mod tests {
         let recorded = Fingerprint {
             weights: vec![print("a", None, "1"), print("b", None, "1"), print("c", Some(Scheme::Int8), "1")],
         };
-        let nf4 = Scheme::Nf4 { double_quant: false };
+        let nf4 = Scheme::NF4;
         let found =
             Fingerprint { weights: vec![print("b", None, "2"), print("c", Some(nf4), "1"), print("d", None, "1")] };
         assert_eq!(

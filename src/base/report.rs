@@ -29,6 +29,10 @@ impl QuantizationReport {
         self.weights.push(weight);
     }
 
+    pub(super) fn retain(&mut self, still: impl Fn(&str) -> bool) {
+        self.weights.retain(|weight| still(&weight.name));
+    }
+
     /// The weights, in the order of their names.
     pub fn weights(&self) -> &[QuantizedWeight] {
         &self.weights

@@ -2,7 +2,7 @@
 
 use super::{WeightRole, Weights};
 use crate::error::{Error, Result};
-use crate::ffi::runtime::{self, PlainGraphs};
+use crate::ffi::runtime::{self, ModuleType, PlainGraphs};
 use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::path::Path;
@@ -36,10 +36,11 @@ impl TorchScript {
         if parameters.is_empty() {
             return Err(Error::NoParameters { path: path.into() });
         }
-        let classes: HashMap<String, String> = runtime::module_types(&self.module)?.into_iter().collect();
+        let modules: HashMap<String, ModuleType> =
+            runtime::module_types(&self.module)?.into_iter().map(|found| (found.path.clone(), found)).collect();
         let buffers = runtime::module_buffers(&self.module)?;
         Ok(Weights::new(parameters.into_iter().chain(buffers), |path, dims| {
-            role_by_class(classes.get(path).map_or("", String::as_str), dims)
+            modules.get(path).map_or(WeightRole::Other, |module| role_by_class(module, dims))
         }))
     }
 
@@ -77,12 +78,17 @@ impl TorchScript {
 }
 
 /// A transposed convolution has its output channels in the second dimension,
-/// and a `Conv1D` of GPT-2 is a matrix; neither is a convolution's weight.
-fn role_by_class(class: &str, dims: usize) -> WeightRole {
+/// so it isn't taken for a convolution.
+fn role_by_class(module: &ModuleType, dims: usize) -> WeightRole {
+    let class = module.class.as_str();
     match dims {
         2 if class.ends_with("Linear") => WeightRole::Linear,
+        2 if class == "Conv1D" => WeightRole::Conv1D,
         2 if class.ends_with("Embedding") => WeightRole::Embedding,
-        3..=5 if class.contains("Conv") && !class.contains("Transpose") => WeightRole::Conv,
+        // A traced module doesn't keep its number of groups.
+        3..=5 if class.contains("Conv") && !class.contains("Transpose") => {
+            WeightRole::Conv { groups: module.groups.unwrap_or(1) }
+        }
         _ => WeightRole::Other,
     }
 }

@@ -117,3 +117,28 @@ pub(crate) fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Resu
     }
     Ok(tensor)
 }
+
+/// A contiguous CPU tensor whose bytes can be borrowed.
+#[derive(Debug)]
+pub(crate) struct CpuBytes(super::shared::SharedTensor);
+
+impl CpuBytes {
+    /// Copies the tensor only if it is elsewhere or not contiguous.
+    pub(crate) fn new(tensor: &Tensor) -> Result<Self> {
+        let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+        pointer(&tensor, tensor.f_kind()?)?;
+        Ok(CpuBytes(super::shared::SharedTensor::new(tensor)))
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        let tensor = self.0.get();
+        let (data, len) = (tensor.data_ptr(), tensor.numel() * element_size(tensor.kind()));
+        if data.is_null() {
+            return &[];
+        }
+        // SAFETY: contiguous and on the CPU, as `new` saw to, so `len` bytes
+        // stand at `data`; any byte is a valid `u8`; the tensor lives as long as
+        // `self`, and frozen tensors are not written to.
+        unsafe { std::slice::from_raw_parts(data.cast_const().cast(), len) }
+    }
+}

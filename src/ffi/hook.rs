@@ -7,10 +7,96 @@ use std::sync::Arc;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
+/// One use of an adapted weight by the model.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Operator<'a> {
+    /// x (…, in) · Wᵀ + bias, or x · W + bias where `transposed`.
+    Linear {
+        /// (…, in)
+        x: &'a Tensor,
+        /// (out)
+        bias: Option<&'a Tensor>,
+        /// Whether the weight is used as (in, out).
+        transposed: bool,
+    },
+    /// The rows of a table (rows, dim) at `indices`: (…, dim).
+    Embedding {
+        /// i64 or i32, of any shape.
+        indices: &'a Tensor,
+        form: EmbeddingForm,
+    },
+    /// A convolution over a batch: x (n, in, size…), weight (out, in / groups, kernel…).
+    Convolution {
+        /// (n, in, size…)
+        x: &'a Tensor,
+        /// (out)
+        bias: Option<&'a Tensor>,
+        form: &'a ConvolutionForm,
+    },
+}
+
+impl<'a> Operator<'a> {
+    /// What the weight is used on: x, or the indices.
+    pub(crate) fn input(&self) -> &'a Tensor {
+        match *self {
+            Operator::Linear { x, .. } | Operator::Convolution { x, .. } => x,
+            Operator::Embedding { indices, .. } => indices,
+        }
+    }
+
+    pub(crate) fn bias(&self) -> Option<&'a Tensor> {
+        match *self {
+            Operator::Linear { bias, .. } | Operator::Convolution { bias, .. } => bias,
+            Operator::Embedding { .. } => None,
+        }
+    }
+
+    /// The same operator on another input.
+    pub(crate) fn with_input<'b>(&self, input: &'b Tensor) -> Operator<'b>
+    where
+        'a: 'b,
+    {
+        match *self {
+            Operator::Linear { bias, transposed, .. } => Operator::Linear { x: input, bias, transposed },
+            Operator::Convolution { bias, form, .. } => Operator::Convolution { x: input, bias, form },
+            Operator::Embedding { form, .. } => Operator::Embedding { indices: input, form },
+        }
+    }
+
+    /// The same operator without its bias.
+    pub(crate) fn without_bias(&self) -> Operator<'a> {
+        match *self {
+            Operator::Linear { x, transposed, .. } => Operator::Linear { x, bias: None, transposed },
+            Operator::Convolution { x, form, .. } => Operator::Convolution { x, bias: None, form },
+            embedding => embedding,
+        }
+    }
+}
+
+/// The arguments of `embedding` that shape its gradient.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct EmbeddingForm {
+    /// A row without gradient, or -1.
+    pub(crate) padding_idx: i64,
+    /// Whether gradients are divided by how often a row is looked up.
+    pub(crate) scale_grad_by_freq: bool,
+    /// Whether gradients are sparse tensors.
+    pub(crate) sparse: bool,
+}
+
+/// How a convolution moves over its input; one number per dimension of the kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ConvolutionForm {
+    pub(crate) stride: Vec<i64>,
+    pub(crate) padding: Vec<i64>,
+    pub(crate) dilation: Vec<i64>,
+    pub(crate) groups: i64,
+}
+
 /// What an adapted weight answers when libtorch's operators meet it.
 pub(crate) trait WeightSite: Send + Sync {
-    /// `linear(x, weight, bias)`: x (…, in), result (…, out).
-    fn linear(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor>;
+    /// The result of an operator that consumes the weight.
+    fn apply(&self, operator: &Operator) -> Result<Tensor>;
 
     /// The dense effective weight, for `op`, an operator without a kernel.
     fn dense(&self, op: &str) -> Result<Tensor>;
@@ -22,13 +108,35 @@ struct Held<S> {
     name: CString,
 }
 
+/// The C face of [`ConvolutionForm`].
+#[repr(C)]
+struct CForm {
+    stride: *const i64,
+    padding: *const i64,
+    dilation: *const i64,
+    dims: usize,
+    groups: i64,
+}
+
 type LinearCall =
-    unsafe extern "C" fn(*mut c_void, *mut C_tensor, *mut C_tensor, *mut *mut C_tensor, *mut CppString) -> bool;
+    unsafe extern "C" fn(*mut c_void, *mut C_tensor, *mut C_tensor, bool, *mut *mut C_tensor, *mut CppString) -> bool;
+type EmbeddingCall =
+    unsafe extern "C" fn(*mut c_void, *mut C_tensor, i64, bool, bool, *mut *mut C_tensor, *mut CppString) -> bool;
+type ConvolutionCall = unsafe extern "C" fn(
+    *mut c_void,
+    *mut C_tensor,
+    *mut C_tensor,
+    *const CForm,
+    *mut *mut C_tensor,
+    *mut CppString,
+) -> bool;
 type DenseCall = unsafe extern "C" fn(*mut c_void, *const c_char, *mut *mut C_tensor, *mut CppString) -> bool;
 
 #[repr(C)]
 struct SiteCalls {
     linear: LinearCall,
+    embedding: EmbeddingCall,
+    convolution: ConvolutionCall,
     dense: DenseCall,
     name: unsafe extern "C" fn(*mut c_void) -> *const c_char,
     drop: unsafe extern "C" fn(*mut c_void),
@@ -36,6 +144,7 @@ struct SiteCalls {
 
 unsafe extern "C" {
     fn tp_attach(weight: *mut C_tensor, calls: *const SiteCalls, site: *mut c_void) -> *mut c_char;
+    fn tp_release(weight: *mut C_tensor, dense: *mut C_tensor) -> *mut c_char;
     fn tp_site_of(weight: *mut C_tensor, calls: *const SiteCalls) -> *mut c_void;
 }
 
@@ -45,6 +154,8 @@ struct Table<S>(std::marker::PhantomData<S>);
 impl<S: WeightSite + 'static> Table<S> {
     const CALLS: &'static SiteCalls = &SiteCalls {
         linear: call_linear::<S>,
+        embedding: call_embedding::<S>,
+        convolution: call_convolution::<S>,
         dense: call_dense::<S>,
         name: call_name::<S>,
         drop: drop_boxed::<Held<S>>,
@@ -60,21 +171,75 @@ unsafe fn held<'a, S>(site: *mut c_void) -> &'a Held<S> {
     unsafe { &*site.cast::<Held<S>>() }
 }
 
+/// Reads a tensor that may be absent.
+///
+/// # Safety
+/// `cell` must be null or a valid `at::Tensor*`.
+unsafe fn borrow_some(cell: *mut C_tensor) -> Option<Tensor> {
+    // SAFETY: promised by the caller.
+    (!cell.is_null()).then(|| unsafe { super::borrow(cell) })
+}
+
 unsafe extern "C" fn call_linear<S: WeightSite>(
     site: *mut c_void,
     x: *mut C_tensor,
     bias: *mut C_tensor,
+    transposed: bool,
     out: *mut *mut C_tensor,
     error: *mut CppString,
 ) -> bool {
     let result = guard(error, || {
         // SAFETY: C++ passes the object that `attach` gave it, and tensors
         // that live for the length of this call; `bias` is null or valid.
-        let (held, x, bias) = unsafe {
-            let bias = (!bias.is_null()).then(|| super::borrow(bias));
-            (held::<S>(site), super::borrow(x), bias)
+        let (held, x, bias) = unsafe { (held::<S>(site), super::borrow(x), borrow_some(bias)) };
+        held.site.apply(&Operator::Linear { x: &x, bias: bias.as_ref(), transposed })
+    });
+    // SAFETY: `out` points to a cell on the caller's stack.
+    result.map(|y| unsafe { *out = give(y) }).is_some()
+}
+
+unsafe extern "C" fn call_embedding<S: WeightSite>(
+    site: *mut c_void,
+    indices: *mut C_tensor,
+    padding_idx: i64,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    out: *mut *mut C_tensor,
+    error: *mut CppString,
+) -> bool {
+    let result = guard(error, || {
+        // SAFETY: as in `call_linear`.
+        let (held, indices) = unsafe { (held::<S>(site), super::borrow(indices)) };
+        let form = EmbeddingForm { padding_idx, scale_grad_by_freq, sparse };
+        held.site.apply(&Operator::Embedding { indices: &indices, form })
+    });
+    // SAFETY: `out` points to a cell on the caller's stack.
+    result.map(|y| unsafe { *out = give(y) }).is_some()
+}
+
+unsafe extern "C" fn call_convolution<S: WeightSite>(
+    site: *mut c_void,
+    x: *mut C_tensor,
+    bias: *mut C_tensor,
+    form: *const CForm,
+    out: *mut *mut C_tensor,
+    error: *mut CppString,
+) -> bool {
+    let result = guard(error, || {
+        // SAFETY: as in `call_linear`; `form` and its lists, each of `dims`
+        // numbers, live for the length of this call.
+        let (held, x, bias, form) = unsafe {
+            let form = &*form;
+            let list = |start: *const i64| std::slice::from_raw_parts(start, form.dims).to_vec();
+            let form = ConvolutionForm {
+                stride: list(form.stride),
+                padding: list(form.padding),
+                dilation: list(form.dilation),
+                groups: form.groups,
+            };
+            (held::<S>(site), super::borrow(x), borrow_some(bias), form)
         };
-        held.site.linear(&x, bias.as_ref())
+        held.site.apply(&Operator::Convolution { x: &x, bias: bias.as_ref(), form: &form })
     });
     // SAFETY: `out` points to a cell on the caller's stack.
     result.map(|y| unsafe { *out = give(y) }).is_some()
@@ -109,6 +274,13 @@ pub(crate) fn attach<S: WeightSite + 'static>(weight: &Tensor, name: &str, site:
     // SAFETY: the weight is borrowed; the table is static and fits `Held<S>`;
     // the shim owns the object from here on, and drops it if it fails.
     check(unsafe { tp_attach(raw(weight), Table::<S>::CALLS, object) })
+}
+
+/// Makes an adapted weight, and with it every handle on the same tensor, the
+/// plain tensor that `dense` is: the site is let go.
+pub(crate) fn release(weight: &Tensor, dense: &Tensor) -> Result<()> {
+    // SAFETY: both tensors are borrowed for the length of the call.
+    check(unsafe { tp_release(raw(weight), raw(dense)) })
 }
 
 /// The site of an adapted weight, if it has one of type `S`.

@@ -6,7 +6,7 @@ use std::ffi::{CStr, c_char, c_void};
 use tch::{CModule, Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
-type TypeVisitor = unsafe extern "C" fn(*mut c_void, *const c_char, *const c_char);
+type TypeVisitor = unsafe extern "C" fn(*mut c_void, *const c_char, *const c_char, i64);
 type BufferVisitor = unsafe extern "C" fn(*mut c_void, *const c_char, *mut C_tensor);
 
 unsafe extern "C" {
@@ -65,17 +65,28 @@ fn module_ptr(module: &CModule) -> *mut c_void {
     unsafe { *std::ptr::from_ref(module).cast::<*mut c_void>() }
 }
 
-/// (path, class name) of each submodule, the root's path being empty.
-pub(crate) fn module_types(module: &CModule) -> Result<Vec<(String, String)>> {
-    unsafe extern "C" fn visit(sink: *mut c_void, path: *const c_char, class: *const c_char) {
+/// What TorchScript keeps of a module's Python class.
+#[derive(Debug)]
+pub(crate) struct ModuleType {
+    /// Empty for the root.
+    pub(crate) path: String,
+    pub(crate) class: String,
+    /// The constant `groups`, which a scripted convolution has.
+    pub(crate) groups: Option<i64>,
+}
+
+/// Each submodule, the root included.
+pub(crate) fn module_types(module: &CModule) -> Result<Vec<ModuleType>> {
+    unsafe extern "C" fn visit(sink: *mut c_void, path: *const c_char, class: *const c_char, groups: i64) {
         // SAFETY: `sink` is the vector below, lent for the call; both strings
         // are C strings that live for the length of this call.
         unsafe {
             let text = |s| CStr::from_ptr(s).to_string_lossy().into_owned();
-            (*sink.cast::<Vec<(String, String)>>()).push((text(path), text(class)));
+            let groups = (groups > 0).then_some(groups);
+            (*sink.cast::<Vec<ModuleType>>()).push(ModuleType { path: text(path), class: text(class), groups });
         }
     }
-    let mut types: Vec<(String, String)> = Vec::new();
+    let mut types: Vec<ModuleType> = Vec::new();
     // SAFETY: the module is borrowed; `visit` fits the sink.
     check(unsafe { tp_module_types(module_ptr(module), (&raw mut types).cast::<c_void>(), visit) })?;
     Ok(types)

@@ -13,9 +13,10 @@ pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// Name of the configuration's file.
 pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
 
-/// The keys of A and B of the module at `path`.
-pub(crate) fn keys(path: &str) -> [String; 2] {
-    ["lora_A", "lora_B"].map(|half| format!("base_model.model.{path}.{half}.weight"))
+/// The key of an adapter's tensor of the module at `path`, such as
+/// `base_model.model.h.0.q_proj.lora_A.weight`.
+pub(crate) fn key(path: &str, end: &str) -> String {
+    format!("base_model.model.{path}.{end}")
 }
 
 /// The module path of a copy of a base weight, which PEFT adds to an adapter
@@ -202,6 +203,7 @@ pub(crate) fn config_from_json(path: &Path, bytes: &[u8]) -> Result<ReadConfig> 
         target_parameters: reader.read("target_parameters", NAMES)?,
         ensure_weight_tying: flag("ensure_weight_tying")?,
         layer_replication: reader.read("layer_replication", "a list of [start, end]")?,
+        dtype: None,
         other,
     };
     Ok(ReadConfig { config: config.validate()?, unknown })
@@ -296,10 +298,11 @@ mod tests {
         let text = String::from_utf8(config_to_json(&found.config).unwrap()).unwrap();
         assert!(text.contains("\"new_thing\": {"), "{text}");
 
-        let lacking = json!({"peft_type": "LORA", "target_modules": "x", "use_dora": true, "bias": "all"});
+        let lacking =
+            json!({"peft_type": "LORA", "target_modules": "x", "use_dora": true, "ensure_weight_tying": true});
         let error = read(lacking).unwrap().config.check_supported().unwrap_err();
         let Error::Unsupported { fields } = error else { panic!("{error}") };
-        assert_eq!(fields, ["bias = \"all\"", "use_dora = true"]);
+        assert_eq!(fields, ["ensure_weight_tying = true", "use_dora = true"]);
         assert!(matches!(read(json!({"peft_type": "LOHA"})), Err(Error::Unsupported { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": 3})), Err(Error::Corrupt { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": "x", "r": 0})), Err(Error::Config { .. })));

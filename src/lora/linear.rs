@@ -1,189 +1,195 @@
-//! The adapted linear: y = x·Wᵀ + bias + s · drop(x)·Aᵀ·Bᵀ, as one node.
+//! The adapted linear: y = x·Wᵀ + bias + s · (drop(x)·Aᵀ·Bᵀ + b), as one node.
 //!
-//! Saved for the backward pass: x, u = drop(x)·Aᵀ, A, B and, with dropout, the
-//! mask as one byte per element. W stays packed.
+//! All products run in the dtype of x; A and B, which may be wider, are cast to
+//! it. Saved for the backward pass: x, v = s · drop(x)·Aᵀ, A, B and, with
+//! dropout, the mask as one byte per element. W stays packed.
 
-use super::{InitLoraWeights, LayerSettings, LoraConfig};
+use super::factors::Factors;
+use super::layer::{Factored, LoraLayer, OutputChannels, foreign};
 use crate::base::Adapter;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
-use crate::ffi::shared::SharedTensor;
-use crate::quant::PackedWeight;
-use crate::quant::linear::{Like, Rows, bias_gradient, gradient_rows, product, product_transposed};
+use crate::ffi::hook::Operator;
+use crate::quant::frozen::frozen;
+use crate::quant::linear::{Like, Rows, bias_gradient, gradient_rows};
+use crate::quant::{LinearMap, PackedWeight};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use tch::{Kind, Tensor};
 
-/// What all layers of one model share.
+/// LoRA on one linear weight: A (r, in) and B (out, r).
 #[derive(Debug)]
-pub(crate) struct Switches {
-    /// Whether dropout is live.
-    pub(crate) training: AtomicBool,
-    /// Whether adapters take part.
-    pub(crate) enabled: AtomicBool,
-}
-
-impl Default for Switches {
-    fn default() -> Self {
-        Switches { training: AtomicBool::new(true), enabled: AtomicBool::new(true) }
-    }
-}
-
-/// LoRA on one linear weight.
-#[derive(Debug)]
-pub(crate) struct LoraLinear {
-    /// (r, in)
-    a: SharedTensor,
-    /// (out, r)
-    b: SharedTensor,
-    kind: Kind,
-    scaling: f64,
-    dropout: f64,
-    switches: Arc<Switches>,
+pub(super) struct LoraLinear {
+    factors: Factors,
+    fan_in_fan_out: bool,
 }
 
 impl LoraLinear {
-    /// New, trainable A and B beside the weight. They are f32, as PEFT's are,
-    /// also on a weight of bf16 or f16.
-    pub(crate) fn new(
-        config: &LoraConfig,
-        settings: LayerSettings,
-        weight: &dyn PackedWeight,
-        init: InitLoraWeights,
-        switches: Arc<Switches>,
-    ) -> Result<Self> {
-        let kind = match weight.kind() {
-            Kind::Double => Kind::Double,
-            _ => Kind::Float,
-        };
-        let (a, b) = super::init::initial(init, weight.shape(), settings.r, (kind, weight.device()))?;
-        for tensor in [&a, &b] {
-            let _ = tensor.f_set_requires_grad(true)?;
-        }
-        let (scaling, dropout) = (settings.scaling, config.lora_dropout);
-        Ok(LoraLinear { a: SharedTensor::new(a), b: SharedTensor::new(b), kind, scaling, dropout, switches })
+    pub(super) fn new(factors: Factors, fan_in_fan_out: bool) -> Self {
+        LoraLinear { factors, fan_in_fan_out }
     }
-
-    /// A (r, in).
-    pub(crate) fn a(&self) -> Tensor {
-        self.a.get()
-    }
-
-    /// B (out, r).
-    pub(crate) fn b(&self) -> Tensor {
-        self.b.get()
-    }
-
-    /// drop(x) in the adapter's dtype, and the mask of what was kept.
-    ///
-    /// The mask is drawn as `torch.nn.functional.dropout` draws it on the CPU,
-    /// so that a seeded step equals PEFT's.
-    fn dropped(&self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        let x = x.f_to_kind(self.kind)?;
-        if self.dropout == 0.0 || !self.switches.training.load(Ordering::Relaxed) {
-            return Ok((x, None));
-        }
-        let keep = x.f_empty_like()?.f_bernoulli_float_(1.0 - self.dropout)?;
-        let mask = keep.f_to_kind(Kind::Bool)?;
-        Ok((masked(&x, &mask, self.dropout)?, Some(mask)))
-    }
-}
-
-/// x with dropped elements at zero and the others scaled by 1/(1 − p).
-fn masked(x: &Tensor, mask: &Tensor, p: f64) -> Result<Tensor> {
-    Ok(x.f_mul(mask)?.f_mul_scalar_(1.0 / (1.0 - p))?)
 }
 
 impl Adapter for LoraLinear {
     fn active(&self) -> bool {
-        self.switches.enabled.load(Ordering::Relaxed)
+        self.factors.active()
     }
 
-    fn linear(&self, frozen: &Arc<dyn PackedWeight>, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let (a, b) = (self.a.get(), self.b.get());
-        let rows = Rows::new(frozen.as_ref(), x)?;
-        let (y, u, mask) = {
+    fn addition(&self, _: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Option<Tensor>> {
+        self.dropped_product(operator)
+    }
+
+    fn apply(&self, weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
+        let Operator::Linear { x, bias, transposed } = *operator else { return frozen(weight, operator) };
+        self.takes_part(operator)?;
+        let map = LinearMap::new(weight, transposed);
+        let (a, b, b_bias) = (self.factors.a(), self.factors.b(), self.factors.bias());
+        let (scaling, p) = (self.factors.scaling(), self.factors.live_dropout());
+        let rows = Rows::new(map.inn(), x)?;
+        let (y, v, mask) = {
             let _no_grad = tch::no_grad_guard();
-            let mut y = product(frozen.as_ref(), &rows.matrix, bias)?;
-            let (dropped, mask) = self.dropped(&rows.matrix)?;
-            let u = dropped.f_mm(&a.f_tr()?)?;
-            add_product(&mut y, &u.f_mul_scalar(self.scaling)?, &b.f_tr()?)?;
-            (rows.reshape(&y)?, u, mask)
+            let x = &rows.matrix;
+            let kind = x.f_kind()?;
+            let mut y = map.apply(x, bias)?;
+            let mask = if p == 0.0 { None } else { Some(keep_mask(x, p)?) };
+            let dropped = match &mask {
+                None => x.shallow_clone(),
+                Some(mask) => x.f_mul(mask)?,
+            };
+            let v = dropped.f_mm(&a.f_to_kind(kind)?.f_tr()?)?.f_mul_scalar_(scaling / (1.0 - p))?;
+            let _ = y.f_addmm_(&v, &b.f_to_kind(kind)?.f_tr()?)?;
+            if let Some(bias) = &b_bias {
+                let _ = y.f_add_(&bias.f_mul_scalar(scaling)?.f_to_kind(kind)?)?;
+            }
+            (rows.reshape(&y)?, v, mask)
         };
-        let inputs: Vec<&Tensor> = [x, &a, &b].into_iter().chain(bias).collect();
+        let biases: Vec<&Tensor> = bias.into_iter().chain(&b_bias).collect();
+        let inputs: Vec<&Tensor> = [x, &a, &b].into_iter().chain(biases.iter().copied()).collect();
         if autograd::needs_grad(&inputs) {
             let node = LoraNode {
-                frozen: Arc::clone(frozen),
+                map,
                 x: Like::new(x)?,
-                kind: self.kind,
-                scaling: self.scaling,
-                dropout: self.dropout,
-                bias_kind: bias.map(|b| b.f_kind()).transpose()?,
+                kind: a.f_kind()?,
+                scaling: scaling / (1.0 - p),
+                bias: bias.map(|b| b.f_kind()).transpose()?.map(|kind| (kind, 1.0)),
+                b_bias: b_bias.as_ref().map(|b| b.f_kind()).transpose()?.map(|kind| (kind, scaling)),
             };
-            let saved: Vec<&Tensor> = [&rows.matrix, &u, &a, &b].into_iter().chain(&mask).collect();
+            let saved: Vec<&Tensor> = [&rows.matrix, &v, &a, &b].into_iter().chain(&mask).collect();
             autograd::record(&inputs, &saved, &y, Box::new(node))?;
         }
         Ok(y)
     }
 
-    fn delta(&self, kind: Kind) -> Result<Tensor> {
-        Ok(self.b.get().f_mm(&self.a.get())?.f_mul_scalar(self.scaling)?.f_to_kind(kind)?)
+    /// s · B · A, or its transpose where the weight is (in, out).
+    fn delta(&self, _: &Arc<dyn PackedWeight>, kind: Kind) -> Result<Tensor> {
+        let (a, b) = (self.factors.a(), self.factors.b());
+        let product = if self.fan_in_fan_out { a.f_tr()?.f_mm(&b.f_tr()?)? } else { b.f_mm(&a)? };
+        Ok(product.f_mul_scalar(self.factors.scaling())?.f_to_kind(kind)?)
     }
 }
 
-/// y += l · r, in the wider of the dtypes, rounded once to that of y.
-fn add_product(y: &mut Tensor, l: &Tensor, r: &Tensor) -> Result<()> {
-    if l.f_kind()? == y.f_kind()? {
-        let _ = y.f_addmm_(l, r)?;
-    } else {
-        let sum = l.f_mm(r)?.f_add(y)?;
-        y.f_copy_(&sum)?;
+impl Factored for LoraLinear {
+    fn factors(&self) -> &Factors {
+        &self.factors
     }
-    Ok(())
+
+    fn transposed(&self) -> bool {
+        self.fan_in_fan_out
+    }
+
+    fn output_channels(&self) -> OutputChannels {
+        OutputChannels::Last
+    }
+
+    fn takes_part(&self, operator: &Operator) -> Result<bool> {
+        let Operator::Linear { transposed, .. } = *operator else { return Ok(false) };
+        if transposed == self.fan_in_fan_out {
+            return Ok(true);
+        }
+        let (used, found) = if transposed { ("x · W", false) } else { ("x · Wᵀ", true) };
+        Err(Error::config("fan_in_fan_out", format!("{transposed} for a weight that the model uses as {used}"), found))
+    }
+
+    fn product(&self, operator: &Operator) -> Result<Tensor> {
+        let Operator::Linear { x, .. } = *operator else { return Err(foreign("a linear layer")) };
+        let kind = x.f_kind()?;
+        let (a, b) = (self.factors.a().f_to_kind(kind)?, self.factors.b().f_to_kind(kind)?);
+        let bias = self.factors.bias().map(|bias| bias.f_to_kind(kind)).transpose()?;
+        let u = x.f_linear(&a, None::<&Tensor>)?;
+        Ok(u.f_linear(&b, bias.as_ref())?.f_mul_scalar(self.factors.scaling())?)
+    }
+}
+
+impl LoraLayer for LoraLinear {
+    fn tensors(&self) -> Vec<(&'static str, Tensor)> {
+        self.factors.tensors("lora_A.weight", "lora_B.weight")
+    }
+
+    fn scaling(&self) -> f64 {
+        self.factors.scaling()
+    }
+
+    fn set_scaling(&self, scaling: f64) {
+        self.factors.set_scaling(scaling);
+    }
+
+    fn bias_delta(&self) -> Result<Option<Tensor>> {
+        self.factors.bias_delta()
+    }
+}
+
+/// Which elements of x are kept: drawn as `torch.nn.functional.dropout` draws
+/// it on the CPU, so that a seeded step equals PEFT's.
+fn keep_mask(x: &Tensor, p: f64) -> Result<Tensor> {
+    let mut mask = Tensor::f_empty(x.size(), (Kind::Bool, x.device()))?;
+    Ok(mask.f_bernoulli_float_(1.0 - p)?)
 }
 
 struct LoraNode {
-    frozen: Arc<dyn PackedWeight>,
+    map: LinearMap,
     x: Like,
+    /// The dtype of A and B.
     kind: Kind,
+    /// s, over the share of inputs that dropout keeps.
     scaling: f64,
-    dropout: f64,
-    bias_kind: Option<Kind>,
+    /// The dtype and the factor of each bias, the layer's and B's.
+    bias: Option<(Kind, f64)>,
+    b_bias: Option<(Kind, f64)>,
 }
 
 impl Backward for LoraNode {
-    /// With gu = s · dY·B:
-    /// dB = s · dYᵀ·u, dA = guᵀ·drop(x), dX = dY·W + drop'(gu·A).
+    /// With w = s · dY·B:
+    /// dB = dYᵀ·v, dA = wᵀ·drop(x), dX = dY·W + drop'(w·A).
     fn backward(&self, grad: &Tensor, saved: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let [x, u, a, b, mask @ ..] = saved else { return Ok(Vec::new()) };
+        let [x, v, a, b, mask @ ..] = saved else { return Ok(Vec::new()) };
         let mask = mask.first();
         let needs = |i: usize| needed.get(i) == Some(&true);
-        let grad = gradient_rows(grad, self.frozen.shape()[0])?;
-        let g = grad.f_to_kind(self.kind)?.f_mul_scalar(self.scaling)?;
-        let gu = if needs(0) || needs(1) { Some(g.f_mm(b)?) } else { None };
+        let kind = x.f_kind()?;
+        let grad = gradient_rows(grad, self.map.out())?.f_to_kind(kind)?;
 
         let mut grads = vec![None, None, None];
-        if let (true, Some(gu)) = (needs(0), &gu) {
-            let mut dx = product_transposed(self.frozen.as_ref(), &grad.f_to_kind(x.f_kind()?)?)?;
-            match mask {
-                None => add_product(&mut dx, gu, a)?,
-                Some(mask) => {
-                    let through = masked(&gu.f_mm(a)?, mask, self.dropout)?;
-                    let _ = dx.f_add_(&through.f_to_kind(dx.f_kind()?)?)?;
-                }
+        if needs(0) || needs(1) {
+            let w = grad.f_mm(&b.f_to_kind(kind)?)?.f_mul_scalar_(self.scaling)?;
+            if needs(0) {
+                let mut dx = self.map.adjoint(&grad)?;
+                let a = a.f_to_kind(kind)?;
+                let _ = match mask {
+                    None => dx.f_addmm_(&w, &a)?,
+                    Some(mask) => dx.f_add_(&w.f_mm(&a)?.f_mul(mask)?)?,
+                };
+                grads[0] = Some(self.x.shaped(&dx)?);
             }
-            grads[0] = Some(self.x.shaped(&dx)?);
-        }
-        if let (true, Some(gu)) = (needs(1), &gu) {
-            let x = x.f_to_kind(self.kind)?;
-            let x = mask.map_or(Ok(x.shallow_clone()), |mask| masked(&x, mask, self.dropout))?;
-            grads[1] = Some(gu.f_tr()?.f_mm(&x)?);
+            if needs(1) {
+                let kept = mask.map_or(Ok(x.shallow_clone()), |mask| x.f_mul(mask))?;
+                grads[1] = Some(w.f_tr()?.f_mm(&kept)?.f_to_kind(self.kind)?);
+            }
         }
         if needs(2) {
-            grads[2] = Some(g.f_tr()?.f_mm(u)?);
+            grads[2] = Some(grad.f_tr()?.f_mm(v)?.f_to_kind(self.kind)?);
         }
-        if let Some(kind) = self.bias_kind {
-            grads.push(needs(3).then(|| bias_gradient(&grad, kind)).transpose()?);
+        for (kind, factor) in self.bias.iter().chain(&self.b_bias) {
+            let wanted = needs(grads.len());
+            let sum = |grad: &Tensor| -> Result<Tensor> { Ok(bias_gradient(grad, *kind)?.f_mul_scalar_(*factor)?) };
+            grads.push(wanted.then(|| sum(&grad)).transpose()?);
         }
         Ok(grads)
     }

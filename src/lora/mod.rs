@@ -1,15 +1,27 @@
-//! Floor 3: LoRA itself: configuration, target matching, initialisation, and
-//! the adapted linear.
+//! Floor 3: LoRA itself: configuration, target matching, initialisation, the
+//! kinds of adapters, and combining them.
 
+mod combine;
 mod config;
+mod conv;
+mod dora;
+mod embedding;
+mod factors;
 mod init;
+mod layer;
 mod linear;
+mod replace;
 mod target;
+mod tokens;
 
+pub use combine::{Combination, MajoritySign, Merge};
+pub(crate) use combine::{Part, combine, rank};
 pub(crate) use config::FOREIGN;
 pub use config::{
     Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
     TokenIndices,
 };
-pub(crate) use linear::{LoraLinear, Switches};
+pub(crate) use layer::{LayerForm, LayerSpec, LoraLayer, Switches};
+pub(crate) use replace::Replacement;
 pub(crate) use target::resolve;
+pub(crate) use tokens::TokenRows;

@@ -1,18 +1,21 @@
 //! Adapters to and from PEFT's folders.
 
+use super::adapter::{DEFAULT, NamedAdapter};
 use super::{LoraModel, NamedParameter};
 use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft, safetensors, write_files};
+use crate::lora::{InitLoraWeights, Switches};
 use crate::quant::check_finite;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 impl<M> LoraModel<M> {
     /// Loads an adapter, written here or by HF PEFT, for inference: nothing is
-    /// trainable, and the mode is evaluation.
+    /// trainable, and the mode is evaluation. It is called `default`.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Corrupt`], [`Error::Unsupported`] for features
@@ -20,10 +23,8 @@ impl<M> LoraModel<M> {
     /// model's, [`Error::Mismatch`] for a shape, [`Error::NotFinite`]; and
     /// those of [`LoraModel::wrap`].
     pub fn from_pretrained(base: impl Into<Base<M>>, folder: impl AsRef<Path>) -> Result<Self> {
-        let model = Self::load(base.into(), folder.as_ref())?;
-        for parameter in model.parameters() {
-            let _ = parameter.tensor.f_set_requires_grad(false)?;
-        }
+        let mut model = Self::init_lora(base, folder)?;
+        model.set_requires_grad(DEFAULT, false)?;
         model.switches.training.store(false, Ordering::Relaxed);
         Ok(model)
     }
@@ -37,91 +38,182 @@ impl<M> LoraModel<M> {
     /// # Errors
     /// As [`LoraModel::from_pretrained`].
     pub fn init_lora(base: impl Into<Base<M>>, folder: impl AsRef<Path>) -> Result<Self> {
-        Self::load(base.into(), folder.as_ref())
+        Self::start(base.into(), |base, switches| read(DEFAULT, base, folder.as_ref(), switches))
     }
 
-    fn load(base: Base<M>, folder: &Path) -> Result<Self> {
-        let read = peft::read_config(folder)?;
-        let path = folder.join(peft::WEIGHTS_FILE);
-        let mut tensors = safetensors::read(&path)?;
-        let base_copies = take_base_copies(&base, &mut tensors)?;
-        // The values are loaded over the initial ones: any will do, and PEFT's
-        // `false` alone would cost a second draw.
-        let mut model = Self::attach(base, read.config, crate::lora::InitLoraWeights::Default)?;
-        let mut report = model.load_tensors(&path, tensors).inspect_err(|_| model.remove_adapters())?;
-        report.base_copies = base_copies;
-        report.unknown_config_keys = read.unknown;
-        if !report.unknown_config_keys.is_empty() {
-            let keys = report.unknown_config_keys.join(", ");
-            tracing::warn!(folder = %folder.display(), keys, "adapter_config.json has keys that this version doesn't know; they are kept");
-        }
-        model.report = Some(report);
-        Ok(model)
+    /// Adds an adapter from a folder, written here or by HF PEFT, for
+    /// inference: it never requires gradients, unless
+    /// [`LoraModel::set_requires_grad`] says so. It takes no part until
+    /// [`LoraModel::set_adapter`] names it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a name that is taken or can't name a folder; those
+    /// of [`LoraModel::from_pretrained`]. Nothing is changed then.
+    pub fn load_adapter(&mut self, folder: impl AsRef<Path>, name: &str) -> Result<LoadReport> {
+        self.refuse_taken(name)?;
+        let mut adapter = read(name, &self.base, folder.as_ref(), &self.switches)?;
+        adapter.trainable = false;
+        let report = adapter.report.clone().unwrap_or_default();
+        self.push(adapter)?;
+        Ok(report)
     }
 
-    /// Takes the adapters off again, after a failure.
-    fn remove_adapters(&self) {
-        for layer in &self.layers {
-            layer.site.set_adapter(None);
-        }
+    /// Puts an adapter from a folder in the place of another one, under its
+    /// name and as active as that was. The new one may have other targets,
+    /// ranks and scales; it is for inference, as in
+    /// [`LoraModel::load_adapter`]. Its scale is what its configuration says.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a name that the model doesn't have, while adapters
+    /// are merged, and if it can't be summed with the other active adapters;
+    /// those of [`LoraModel::from_pretrained`]. Nothing is changed then.
+    pub fn hotswap_adapter(&mut self, folder: impl AsRef<Path>, name: &str) -> Result<LoadReport> {
+        self.named(name)?;
+        self.refuse_merged("hotswap_adapter")?;
+        let mut new = read(name, &self.base, folder.as_ref(), &self.switches)?;
+        new.trainable = false;
+        let report = new.report.clone().unwrap_or_default();
+        self.swap(name, new)?;
+        Ok(report)
     }
 
-    /// Whether `tensors` are this model's A and B, in name, shape and sanity.
+    /// Whether `tensors` are those of the model's one adapter.
     pub(crate) fn check_tensors(&self, path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
-        let parameters = self.parameters();
-        let missing: Vec<String> =
-            parameters.iter().filter(|p| !tensors.contains_key(&p.name)).map(|p| p.name.clone()).collect();
-        let unexpected: Vec<String> =
-            tensors.keys().filter(|key| !parameters.iter().any(|p| p.name == **key)).cloned().collect();
-        if !missing.is_empty() || !unexpected.is_empty() {
-            return Err(Error::Keys { path: path.into(), missing, unexpected });
-        }
-        for p in &parameters {
-            let Some(found) = tensors.get(&p.name) else { continue };
-            if found.size() != p.tensor.size() || !found.is_floating_point() {
-                return Err(Error::Mismatch {
-                    name: p.name.clone(),
-                    expected: format!("floats {:?}", p.tensor.size()),
-                    found: format!("{:?} {:?}", found.f_kind()?, found.size()),
-                });
+        let parameters = self.only()?.tensors();
+        check_tensors(&parameters, path, tensors)?;
+        for NamedParameter { name, tensor } in parameters {
+            let Some(found) = tensors.get(&name) else { continue };
+            if found.f_kind()? != tensor.f_kind()? {
+                let [expected, found] = [tensor.f_kind()?, found.f_kind()?].map(|kind| format!("{kind:?}"));
+                return Err(Error::Mismatch { name, expected, found });
             }
-            check_finite(&p.name, found, "the adapter is broken: use an earlier one")?;
         }
         Ok(())
     }
 
-    /// Loads A and B in place, all or none.
-    pub(crate) fn load_tensors(&self, path: &Path, mut tensors: BTreeMap<String, Tensor>) -> Result<LoadReport> {
+    /// Loads the tensors of the model's one adapter in place, all or none.
+    pub(crate) fn load_tensors(&self, path: &Path, tensors: BTreeMap<String, Tensor>) -> Result<()> {
         self.check_tensors(path, &tensors)?;
-        let loaded = tensors.keys().cloned().collect();
-        let _no_grad = tch::no_grad_guard();
-        for NamedParameter { name, mut tensor } in self.parameters() {
-            if let Some(found) = tensors.remove(&name) {
-                tensor.f_copy_(&found)?;
-            }
-        }
-        Ok(LoadReport { loaded, ..LoadReport::default() })
+        fill(&self.only()?.tensors(), tensors)
     }
 
-    /// Writes `adapter_model.safetensors` and `adapter_config.json`, which HF
-    /// PEFT loads. Each file appears whole or not at all.
+    /// The adapter, if there is no other.
+    fn only(&self) -> Result<&NamedAdapter> {
+        if self.others.is_empty() {
+            return Ok(&self.first);
+        }
+        let expected = "a model with one adapter; checkpoints hold no more";
+        Err(Error::config("adapters", expected, self.adapter_names().join(", ")))
+    }
+
+    /// Writes `adapter_model.safetensors` and `adapter_config.json` of every
+    /// adapter, which HF PEFT loads: of `default` into the folder, of others
+    /// into a folder of their name in it, as PEFT does. Each file appears whole
+    /// or not at all.
     ///
     /// # Errors
     /// [`Error::Io`] for a folder that can't be made or written to.
     pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
-        write_files(folder.as_ref(), &self.adapter_bytes()?)
+        for adapter in self.all() {
+            let folder = match adapter.name.as_str() {
+                DEFAULT => folder.as_ref().to_path_buf(),
+                name => folder.as_ref().join(name),
+            };
+            write_files(&folder, &adapter.files(None)?)?;
+        }
+        Ok(())
     }
 
-    /// The adapter's files as they go to disk.
+    /// Writes one adapter into the folder itself; in another dtype than it is
+    /// trained in, if one is given.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a name that the model doesn't have;
+    /// [`Error::Io`].
+    pub fn save_adapter(&self, name: &str, folder: impl AsRef<Path>, dtype: Option<Kind>) -> Result<()> {
+        write_files(folder.as_ref(), &self.named(name)?.files(dtype)?)
+    }
+
+    /// The files of the model's one adapter as they go to disk.
     pub(crate) fn adapter_bytes(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        self.only()?.files(None)
+    }
+}
+
+impl NamedAdapter {
+    fn files(&self, dtype: Option<Kind>) -> Result<Vec<(String, Vec<u8>)>> {
         let mut config = self.config.clone();
         config.other.insert("inference_mode".into(), true.into());
-        let tensors = self.parameters().into_iter().map(|p| (p.name, p.tensor)).collect();
+        let mut tensors = BTreeMap::new();
+        for NamedParameter { name, tensor } in self.tensors() {
+            let kind = dtype.unwrap_or(tensor.f_kind()?);
+            tensors.insert(name, tensor.f_detach()?.f_to_kind(kind)?);
+        }
         Ok(vec![
             (peft::WEIGHTS_FILE.to_string(), safetensors::serialize(&tensors)?),
             (peft::CONFIG_FILE.to_string(), peft::config_to_json(&config)?),
         ])
     }
+}
+
+/// The adapter in a folder, beside the base.
+fn read<M>(name: &str, base: &Base<M>, folder: &Path, switches: &Arc<Switches>) -> Result<NamedAdapter> {
+    let peft::ReadConfig { config, unknown } = peft::read_config(folder)?;
+    config.check_supported()?;
+    let path = folder.join(peft::WEIGHTS_FILE);
+    let mut tensors = safetensors::read(&path)?;
+    let base_copies = take_base_copies(base, &mut tensors)?;
+    // The values are loaded over the initial ones: any will do, and PEFT's
+    // `false` alone would cost a second draw.
+    let mut adapter = NamedAdapter::build(name, base, config, InitLoraWeights::Default, switches)?;
+    let parameters = adapter.tensors();
+    check_tensors(&parameters, &path, &tensors)?;
+    let loaded = tensors.keys().cloned().collect();
+    fill(&parameters, tensors)?;
+    if !unknown.is_empty() {
+        let keys = unknown.join(", ");
+        tracing::warn!(folder = %folder.display(), keys, "adapter_config.json has keys that this version doesn't know; they are kept");
+    }
+    adapter.report = Some(LoadReport { loaded, base_copies, unknown_config_keys: unknown, ..LoadReport::default() });
+    Ok(adapter)
+}
+
+/// Whether `tensors` are these parameters, in name, shape and sanity.
+pub(super) fn check_tensors(
+    parameters: &[NamedParameter],
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let missing: Vec<String> =
+        parameters.iter().filter(|p| !tensors.contains_key(&p.name)).map(|p| p.name.clone()).collect();
+    let unexpected: Vec<String> =
+        tensors.keys().filter(|key| !parameters.iter().any(|p| p.name == **key)).cloned().collect();
+    if !missing.is_empty() || !unexpected.is_empty() {
+        return Err(Error::Keys { path: path.into(), missing, unexpected });
+    }
+    for p in parameters {
+        let Some(found) = tensors.get(&p.name) else { continue };
+        if found.size() != p.tensor.size() || !found.is_floating_point() {
+            return Err(Error::Mismatch {
+                name: p.name.clone(),
+                expected: format!("floats {:?}", p.tensor.size()),
+                found: format!("{:?} {:?}", found.f_kind()?, found.size()),
+            });
+        }
+        check_finite(&p.name, found, "the adapter is broken: use an earlier one")?;
+    }
+    Ok(())
+}
+
+/// Copies checked tensors over the parameters.
+fn fill(parameters: &[NamedParameter], mut tensors: BTreeMap<String, Tensor>) -> Result<()> {
+    let _no_grad = tch::no_grad_guard();
+    for NamedParameter { name, tensor } in parameters {
+        if let Some(found) = tensors.remove(name) {
+            tensor.shallow_clone().f_copy_(&found)?;
+        }
+    }
+    Ok(())
 }
 
 /// Takes the copies of base weights out of an adapter's tensors, and answers

@@ -1,19 +1,30 @@
 //! Floor 4: `LoraModel`, a base with adapters on it.
 
+mod adapter;
+mod adapters;
+mod convert;
 mod files;
 mod forward;
+mod merge;
+mod mixed;
+mod status;
 mod summary;
+mod weighted;
 
 pub use forward::ForwardModule;
+pub use merge::{MergeOptions, MergeReport, MergedLayer};
+pub use mixed::{BASE_ROW, MixedBatch};
+pub use status::{LayerStatus, ModelStatus};
 pub use summary::Summary;
 
-use crate::base::{Base, Site};
+use crate::base::Base;
 use crate::error::{Error, Result};
-use crate::format::{LoadReport, peft};
-use crate::lora::{self, InitLoraWeights, LoraConfig, LoraLinear, Switches, TargetModules};
+use crate::format::LoadReport;
+use crate::lora::{LoraConfig, Switches};
 use crate::quant::QuantConfig;
+use adapter::{DEFAULT, NamedAdapter};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tch::Tensor;
 
 /// A trainable tensor and the key under which it is saved.
@@ -25,7 +36,10 @@ pub struct NamedParameter {
     pub tensor: Tensor,
 }
 
-/// A base model with LoRA adapters on its linear weights.
+/// A base model with LoRA adapters on its weights.
+///
+/// It starts with one adapter, called `default`, and can hold more, each with a
+/// configuration of its own; those that are active are summed.
 ///
 /// The adapters ride on the weights, so the module computes adapted results
 /// wherever it is called from: through [`LoraModel::forward`], through
@@ -48,86 +62,58 @@ pub struct NamedParameter {
 #[derive(Debug)]
 pub struct LoraModel<M> {
     base: Base<M>,
-    config: LoraConfig,
-    layers: Vec<Layer>,
+    /// The oldest adapter: a model always has one.
+    first: NamedAdapter,
+    /// The others, in the order in which they were added.
+    others: Vec<NamedAdapter>,
+    /// Names, in the order in which they are summed.
+    active: Vec<String>,
+    merged: Vec<String>,
     switches: Arc<Switches>,
-    report: Option<LoadReport>,
-}
-
-/// One adapted linear.
-#[derive(Debug)]
-pub(crate) struct Layer {
-    path: String,
-    site: Arc<Site>,
-    lora: Arc<LoraLinear>,
-}
-
-impl Layer {
-    /// A and B with their keys.
-    fn tensors(&self) -> [(String, Tensor); 2] {
-        let [a, b] = peft::keys(&self.path);
-        [(a, self.lora.a()), (b, self.lora.b())]
-    }
+    /// Whether a batch is mixed now.
+    mixed: Arc<AtomicBool>,
 }
 
 impl<M> LoraModel<M> {
-    /// Puts new adapters on the linear weights that `config` targets, freezes
-    /// everything else, and starts in training mode.
+    /// Puts a new adapter, called `default`, on the weights that `config`
+    /// targets, freezes everything else, and starts in training mode.
     ///
     /// A and B are drawn from libtorch's default generator in the order of the
     /// weights' names; call [`tch::manual_seed`] before for repeatable values.
     ///
     /// # Errors
     /// [`Error::NoTarget`] if nothing matches, or one entry of a list doesn't;
+    /// [`Error::Unsupported`] for a feature that this version lacks;
     /// [`Error::AlreadyAdapted`]. Nothing is changed then.
     pub fn wrap(base: impl Into<Base<M>>, config: LoraConfig) -> Result<Self> {
         let init = config.init_lora_weights;
-        Self::attach(base.into(), config, init)
+        Self::start(base.into(), |base, switches| NamedAdapter::build(DEFAULT, base, config, init, switches))
     }
 
-    /// Builds every adapter first and attaches them last, so that a failure
-    /// leaves the base as it was.
-    fn attach(base: Base<M>, mut config: LoraConfig, init: InitLoraWeights) -> Result<Self> {
-        config.check_supported()?;
-        let linears: Vec<_> = base.weights().linears().collect();
-        let paths: Vec<&str> = linears.iter().map(|(path, _)| *path).collect();
-        let targets = lora::resolve(&config, &paths)?;
-        let chosen: Vec<_> = linears.iter().filter(|(path, _)| targets.iter().any(|t| t == path)).collect();
-        for (_, weight) in &chosen {
-            if weight.site().is_some_and(|site| site.adapter().is_some()) {
+    /// A model with the first adapter that `build` makes.
+    fn start(base: Base<M>, build: impl FnOnce(&Base<M>, &Arc<Switches>) -> Result<NamedAdapter>) -> Result<Self> {
+        for weight in base.weights().iter() {
+            if weight.site().is_some_and(|site| site.is_adapted()) {
                 return Err(Error::AlreadyAdapted { name: weight.name.clone() });
             }
         }
         let switches = Arc::new(Switches::default());
-        let settings = config.layer_settings(chosen.iter().map(|(path, _)| *path));
-        let mut layers: Vec<Layer> = Vec::with_capacity(chosen.len());
-        for ((path, weight), settings) in chosen.iter().zip(settings) {
-            let site = weight.site_or_attach()?;
-            if let Some(first) = layers.iter().find(|layer| Arc::ptr_eq(&layer.site, &site)) {
-                let found = format!("{path} and {}, which share one weight", first.path);
-                return Err(Error::config("target_modules", "one name of a tied weight", found));
-            }
-            let lora = LoraLinear::new(&config, settings, site.frozen().as_ref(), init, Arc::clone(&switches))?;
-            layers.push(Layer { path: path.to_string(), site, lora: Arc::new(lora) });
-        }
+        let first = build(&base, &switches)?;
         base.weights().freeze()?;
-        for layer in &layers {
-            layer.site.set_adapter(Some(Arc::clone(&layer.lora) as _));
-        }
-        // PEFT writes what `all-linear` meant, as a list of paths.
-        config.settle(&targets);
-        if config.target_modules == Some(TargetModules::AllLinear) {
-            config.target_modules = Some(TargetModules::List(targets));
-        }
-        Ok(LoraModel { base, config, layers, switches, report: None })
+        let active = vec![first.name.clone()];
+        let mixed = Arc::new(AtomicBool::new(false));
+        let model = LoraModel { base, first, others: Vec::new(), active, merged: Vec::new(), switches, mixed };
+        model.sync()?;
+        Ok(model)
     }
 
     /// Quantises the base under the adapters, as [`Base::quantize`] does
     /// before; the model that results is the same.
     ///
     /// # Errors
-    /// As [`Base::quantize`].
+    /// As [`Base::quantize`]; [`Error::Config`] while an adapter is merged.
     pub fn quantize(&mut self, config: &QuantConfig) -> Result<()> {
+        self.refuse_merged("quantize")?;
         self.base.quantize_in_place(config)
     }
 
@@ -146,21 +132,21 @@ impl<M> LoraModel<M> {
         self.base.module()
     }
 
-    /// The configuration, with `all-linear` resolved to paths.
+    /// The configuration of the first adapter, with `all-linear` resolved to
+    /// paths; of another, see [`LoraModel::adapter_config`].
     pub fn config(&self) -> &LoraConfig {
-        &self.config
+        &self.first.config
     }
 
-    /// The paths of the adapted layers, sorted.
+    /// The paths of the adapted layers of the first adapter, sorted.
     pub fn layers(&self) -> Vec<&str> {
-        self.layers.iter().map(|layer| layer.path.as_str()).collect()
+        self.first.layers.iter().map(|layer| layer.path.as_str()).collect()
     }
 
-    /// A (r, in) and B (out, r) of every adapted layer, sorted by name.
+    /// The tensors of all adapters, sorted by name within each: A (r, in) and B
+    /// (out, r) of every adapted layer, and full copies.
     pub fn parameters(&self) -> Vec<NamedParameter> {
-        let mut all: Vec<_> = self.layers.iter().flat_map(Layer::tensors).collect();
-        all.sort_by(|a, b| a.0.cmp(&b.0));
-        all.into_iter().map(|(name, tensor)| NamedParameter { name, tensor }).collect()
+        self.all().flat_map(NamedAdapter::parameters).collect()
     }
 
     /// Those of [`LoraModel::parameters`] that require gradients; what an
@@ -183,9 +169,9 @@ impl<M> LoraModel<M> {
         DisabledAdapters { switches: Arc::clone(&self.switches), before }
     }
 
-    /// What came of loading the adapter, if it was loaded.
+    /// What came of loading the first adapter, if it was loaded.
     pub fn load_report(&self) -> Option<&LoadReport> {
-        self.report.as_ref()
+        self.first.report.as_ref()
     }
 
     /// Trainable and total parameters.

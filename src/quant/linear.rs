@@ -4,54 +4,86 @@
 //! The node keeps it packed and unpacks it again, tile by tile; plain autograd
 //! would keep every dequantised weight alive until the backward pass.
 
-use super::{PackedWeight, tiles};
+use super::cpu::{self, Op};
+use super::{LinearMap, PackedWeight, gemm, tiles};
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
 use crate::ffi::runtime::autocast_kind;
-use std::sync::Arc;
 use tch::{Kind, Tensor};
 
+/// Rows up to which the kernels' own products are the faster ones: beyond, a
+/// tile is unpacked once for all rows. libtorch's products of 16-bit numbers
+/// win earlier, with twice the arithmetic in an instruction or more.
+fn few(kind: Kind) -> i64 {
+    if kind == Kind::Float { 16 } else { 8 }
+}
+
 /// x · Wᵀ (+ bias): x (n, in), result (n, out), in the dtype of x.
+///
+/// Sums are in f32, or f64 for such x.
 pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (kind, [out, inn]) = (x.f_kind()?, weight.shape());
     let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
+    let add = |mut y: Tensor| match &bias {
+        Some(bias) => Ok(y.f_add_(bias)?),
+        None => Ok(y),
+    };
     if let Some(dense) = weight.as_dense() {
-        return Ok(x.f_linear(&dense.f_to_kind(kind)?, bias.as_ref())?);
+        return add(gemm::multiply(x, &dense.f_to_kind(kind)?.f_tr()?)?);
     }
-    let mut y = Tensor::f_empty([x.size2()?.0, out], (kind, x.device()))?;
+    let n = x.size2()?.0;
+    let mut y = Tensor::f_empty([n, out], (kind, x.device()))?;
+    if n <= few(kind) && cpu::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
+        return add(y);
+    }
     tiles::for_each(out, inn, |start, rows| {
         tiles::with_scratch(rows, inn, kind, x.device(), |tile| {
-            weight.unpack_rows(start, tile)?;
-            let _ = x.f_mm_out(&y.f_narrow(1, start, rows)?, &tile.f_tr()?)?;
-            Ok(())
+            if !cpu::run(weight, Op::Unpack { row: start, columns: 0..inn, out: tile })? {
+                weight.unpack_rows(start, tile)?;
+            }
+            gemm::multiply_into(x, &tile.f_tr()?, &mut y.f_narrow(1, start, rows)?)
         })
     })?;
-    match bias {
-        Some(bias) => Ok(y.f_add_(&bias)?),
-        None => Ok(y),
-    }
+    add(y)
 }
 
 /// g · W: g (n, out), result (n, in), in the dtype of g.
+///
+/// Sums are in f32, or f64 for such g.
 pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Result<Tensor> {
     let (kind, [out, inn]) = (g.f_kind()?, weight.shape());
     if let Some(dense) = weight.as_dense() {
-        return Ok(g.f_mm(&dense.f_to_kind(kind)?)?);
+        return gemm::multiply(g, &dense.f_to_kind(kind)?);
     }
-    let mut dx = Tensor::f_empty([g.size2()?.0, inn], (kind, g.device()))?;
+    let n = g.size2()?.0;
+    let mut dx = Tensor::f_empty([n, inn], (kind, g.device()))?;
+    if n <= few(kind) && cpu::run(weight, Op::ProductTransposed { g: &g.f_contiguous()?, dx: &mut dx })? {
+        return Ok(dx);
+    }
+    // A range of columns is summed up in one product. Where only rows can be
+    // unpacked, the sums of all tiles are added up in f32.
+    if tiles::for_each_columns(out, inn, |start, columns| {
+        tiles::with_scratch(out, columns, kind, g.device(), |tile| {
+            let unpacked = cpu::run(weight, Op::Unpack { row: 0, columns: start..start + columns, out: tile })?;
+            if unpacked {
+                gemm::multiply_into(g, tile, &mut dx.f_narrow(1, start, columns)?)?;
+            }
+            Ok(unpacked)
+        })
+    })? {
+        return Ok(dx);
+    }
+    let sum_kind = if kind == Kind::Double { kind } else { Kind::Float };
+    let mut sum = Tensor::f_zeros([n, inn], (sum_kind, g.device()))?;
     tiles::for_each(out, inn, |start, rows| {
         tiles::with_scratch(rows, inn, kind, g.device(), |tile| {
             weight.unpack_rows(start, tile)?;
             let g = g.f_narrow(1, start, rows)?;
-            if start == 0 {
-                let _ = g.f_mm_out(&dx, tile)?;
-            } else {
-                let _ = dx.f_addmm_(&g, tile)?;
-            }
+            let _ = if kind == sum_kind { sum.f_addmm_(&g, tile)? } else { sum.f_add_(&g.f_mm(tile)?)? };
             Ok(())
         })
     })?;
-    Ok(dx)
+    Ok(sum.f_to_kind(kind)?)
 }
 
 /// The input of a linear as a matrix, and how to give results its shape.
@@ -62,9 +94,9 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
-    /// Checks that x (…, in) fits the weight.
-    pub(crate) fn new(weight: &dyn PackedWeight, x: &Tensor) -> Result<Self> {
-        let (shape, inn) = (x.size(), weight.shape()[1]);
+    /// Checks that x has `inn` features.
+    pub(crate) fn new(inn: i64, x: &Tensor) -> Result<Self> {
+        let shape = x.size();
         if shape.last() != Some(&inn) {
             return Err(Error::Mismatch {
                 name: "input of an adapted linear".into(),
@@ -93,16 +125,16 @@ pub(crate) fn gradient_rows(grad: &Tensor, out: i64) -> Result<Tensor> {
 }
 
 /// `linear` with a frozen weight: gradients reach x and the bias.
-pub(crate) fn frozen_linear(weight: &Arc<dyn PackedWeight>, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let rows = Rows::new(weight.as_ref(), x)?;
+pub(crate) fn frozen_linear(map: &LinearMap, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let rows = Rows::new(map.inn(), x)?;
     let y = {
         let _no_grad = tch::no_grad_guard();
-        rows.reshape(&product(weight.as_ref(), &rows.matrix, bias)?)?
+        rows.reshape(&map.apply(&rows.matrix, bias)?)?
     };
     let inputs: Vec<&Tensor> = std::iter::once(x).chain(bias).collect();
     if autograd::needs_grad(&inputs) {
         let bias_kind = bias.map(|b| b.f_kind()).transpose()?;
-        let node = FrozenLinear { weight: Arc::clone(weight), x: Like::new(x)?, bias_kind };
+        let node = FrozenLinear { map: map.clone(), x: Like::new(x)?, bias_kind };
         autograd::record(&inputs, &[], &y, Box::new(node))?;
     }
     Ok(y)
@@ -120,6 +152,10 @@ impl Like {
         Ok(Like { shape: tensor.size(), kind: tensor.f_kind()? })
     }
 
+    pub(crate) fn shape(&self) -> &[i64] {
+        &self.shape
+    }
+
     /// The gradient in that shape and dtype.
     pub(crate) fn shaped(&self, grad: &Tensor) -> Result<Tensor> {
         Ok(grad.f_view(self.shape.as_slice())?.f_to_kind(self.kind)?)
@@ -132,20 +168,16 @@ pub(crate) fn bias_gradient(grad: &Tensor, kind: Kind) -> Result<Tensor> {
 }
 
 struct FrozenLinear {
-    weight: Arc<dyn PackedWeight>,
+    map: LinearMap,
     x: Like,
     bias_kind: Option<Kind>,
 }
 
 impl Backward for FrozenLinear {
     fn backward(&self, grad: &Tensor, _: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let grad = gradient_rows(grad, self.weight.shape()[0])?;
+        let grad = gradient_rows(grad, self.map.out())?;
         let mut grads = Vec::with_capacity(needed.len());
-        let dx = if needed.first() == Some(&true) {
-            Some(self.x.shaped(&product_transposed(self.weight.as_ref(), &grad)?)?)
-        } else {
-            None
-        };
+        let dx = if needed.first() == Some(&true) { Some(self.x.shaped(&self.map.adjoint(&grad)?)?) } else { None };
         grads.push(dx);
         if let Some(kind) = self.bias_kind {
             let wanted = needed.get(1) == Some(&true);

@@ -3,6 +3,7 @@
 use super::{Bias, InitLoraWeights, LayerPattern, LoraConfig, OneOrMany, TargetModules, TokenIndices};
 use crate::error::Result;
 use serde_json::json;
+use tch::Kind;
 
 /// Makes a [`LoraConfig`].
 #[derive(Debug, Clone, Default)]
@@ -123,6 +124,14 @@ impl LoraConfigBuilder {
     /// Stacks layers anew from ranges [start, end) of the base's.
     pub fn layer_replication(self, ranges: impl IntoIterator<Item = (i64, i64)>) -> Self {
         self.with(|c| c.layer_replication = Some(ranges.into_iter().collect()))
+    }
+
+    /// The dtype that A and B are kept and trained in. By default f32, also on
+    /// a base of bf16 or f16, as in PEFT; f64 on a base of f64. The products
+    /// run in the dtype of the model's activations, whatever this is. A file
+    /// keeps the dtype that the tensors have.
+    pub fn dtype(self, kind: Kind) -> Self {
+        self.with(|c| c.dtype = Some(kind))
     }
 
     /// What the model is for, as PEFT names it: `CAUSAL_LM`, `SEQ_CLS`, …

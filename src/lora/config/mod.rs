@@ -15,6 +15,7 @@ pub use values::{Bias, InitLoraWeights, OneOrMany, TargetModules, TokenIndices};
 
 use regex::Regex;
 use serde_json::{Map, Value};
+use tch::Kind;
 
 /// What to adapt, and with which rank, scale and dropout.
 ///
@@ -50,6 +51,8 @@ pub struct LoraConfig {
     pub(crate) target_parameters: Option<Vec<String>>,
     pub(crate) ensure_weight_tying: bool,
     pub(crate) layer_replication: Option<Vec<(i64, i64)>>,
+    /// Of A and B; not in a file.
+    pub(crate) dtype: Option<Kind>,
     /// Keys of an `adapter_config.json` that don't change the result, that
     /// only variants of which we have none read, or that we don't know; kept
     /// so that saving loses nothing.
@@ -80,6 +83,7 @@ impl Default for LoraConfig {
             target_parameters: None,
             ensure_weight_tying: false,
             layer_replication: None,
+            dtype: None,
             other: Map::new(),
         }
     }
@@ -202,6 +206,12 @@ impl LoraConfig {
     /// Ranges [start, end) of layers that are stacked anew.
     pub fn layer_replication(&self) -> &[(i64, i64)] {
         self.layer_replication.as_deref().unwrap_or_default()
+    }
+
+    /// The dtype that A and B are made in, if one was given; see
+    /// [`LoraConfigBuilder::dtype`].
+    pub fn dtype(&self) -> Option<Kind> {
+        self.dtype
     }
 
     /// A field of `adapter_config.json` that has no accessor of its own, as it

@@ -1,6 +1,6 @@
 //! Which features this version lacks, so that an adapter that needs one is refused by name.
 
-use super::{Bias, InitLoraWeights, LoraConfig};
+use super::{InitLoraWeights, LoraConfig};
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
 
@@ -50,17 +50,9 @@ impl LoraConfig {
         if !matches!(init, InitLoraWeights::Default | InitLoraWeights::Gaussian | InitLoraWeights::Random) {
             lacks("init_lora_weights", json!(init.name()));
         }
-        if self.bias != Bias::None {
-            lacks("bias", json!(self.bias));
-        }
         lacks("ensure_weight_tying", json!(self.ensure_weight_tying));
-        lacks("fan_in_fan_out", json!(self.fan_in_fan_out));
         lacks("layer_replication", json!(self.layer_replication));
-        lacks("lora_bias", json!(self.lora_bias));
-        lacks("modules_to_save", json!(self.modules_to_save));
         lacks("target_parameters", json!(self.target_parameters));
-        lacks("trainable_token_indices", json!(self.trainable_token_indices));
-        lacks("use_dora", json!(self.use_dora));
         fields.sort();
         if fields.is_empty() { Ok(()) } else { Err(Error::Unsupported { fields }) }
     }

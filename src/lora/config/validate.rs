@@ -2,6 +2,7 @@
 
 use super::{InitLoraWeights, LoraConfig, NO_LOOK_AROUND, TargetModules, TokenIndices};
 use crate::error::{Error, Result};
+use tch::Kind;
 
 impl LoraConfig {
     pub(crate) fn validate(self) -> Result<Self> {
@@ -21,6 +22,10 @@ impl LoraConfig {
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return Err(Error::config("lora_dropout", "a probability in [0, 1)", self.lora_dropout));
+        }
+        let floats = [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Half];
+        if let Some(kind) = self.dtype.filter(|kind| !floats.contains(kind)) {
+            return Err(Error::config("dtype", "f32, f64, bf16 or f16", format!("{kind:?}")));
         }
         self.rank_pattern.validate("rank_pattern", "ranks of at least 1", |r| r >= 1)?;
         self.alpha_pattern.validate("alpha_pattern", "finite numbers", f64::is_finite)

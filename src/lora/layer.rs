@@ -1,0 +1,193 @@
+//! What all kinds of adapters have in common, and how one is made.
+
+use super::InitLoraWeights;
+use super::conv::LoraConv;
+use super::dora::Dora;
+use super::embedding::LoraEmbedding;
+use super::factors::Factors;
+use super::linear::LoraLinear;
+use crate::base::Adapter;
+use crate::error::{Error, Result};
+use crate::ffi::hook::Operator;
+use crate::quant::PackedWeight;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use tch::{Kind, Tensor};
+
+/// What all layers of one model share.
+#[derive(Debug)]
+pub(crate) struct Switches {
+    /// Whether dropout is live.
+    pub(crate) training: AtomicBool,
+    /// Whether adapters take part.
+    pub(crate) enabled: AtomicBool,
+}
+
+impl Default for Switches {
+    fn default() -> Self {
+        Switches { training: AtomicBool::new(true), enabled: AtomicBool::new(true) }
+    }
+}
+
+/// An adapter on one weight, as a model sees it.
+pub(crate) trait LoraLayer: Adapter {
+    /// Its tensors with the ends of PEFT's keys, such as `lora_A.weight`.
+    fn tensors(&self) -> Vec<(&'static str, Tensor)>;
+
+    /// The factor s of ΔW.
+    fn scaling(&self) -> f64;
+
+    /// Changes the factor s, from the next forward pass on.
+    fn set_scaling(&self, scaling: f64);
+
+    /// What it adds to the layer's bias: s · b (out), if `lora_B` has a bias.
+    fn bias_delta(&self) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+}
+
+/// LoRA by two factors, which DoRA builds on.
+pub(super) trait Factored: LoraLayer {
+    fn factors(&self) -> &Factors;
+
+    /// Whether the output features are the weight's columns.
+    fn transposed(&self) -> bool;
+
+    /// Where the operator's result has them.
+    fn output_channels(&self) -> OutputChannels;
+
+    /// Whether the operator is the one of this layer. Errors for one that uses
+    /// the weight in a way that the adapter can't follow.
+    fn takes_part(&self, operator: &Operator) -> Result<bool>;
+
+    /// s · B·A·x for an operator that it takes part in, by autograd's own
+    /// operators and without dropout.
+    fn product(&self, operator: &Operator) -> Result<Tensor>;
+
+    /// [`Factored::product`] of the dropped x.
+    fn dropped_product(&self, operator: &Operator) -> Result<Option<Tensor>> {
+        if !self.takes_part(operator)? {
+            return Ok(None);
+        }
+        let dropped = self.factors().dropped(operator)?;
+        Ok(Some(match &dropped {
+            Some(x) => self.product(&operator.with_input(x))?,
+            None => self.product(operator)?,
+        }))
+    }
+}
+
+/// For an operator of another layer, which `takes_part` keeps away.
+pub(super) fn foreign(layer: &str) -> Error {
+    Error::Mismatch { name: "operator".into(), expected: format!("that of {layer}"), found: "another".into() }
+}
+
+/// The dimension of a result that counts output features.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum OutputChannels {
+    Last,
+    Second,
+}
+
+impl OutputChannels {
+    /// One value per feature in a shape that multiplies a result of `dims` dimensions.
+    pub(super) fn broadcast(self, values: &Tensor, dims: usize) -> Result<Tensor> {
+        match self {
+            OutputChannels::Last => Ok(values.shallow_clone()),
+            OutputChannels::Second => {
+                let mut shape = vec![1; dims];
+                shape[1] = -1;
+                Ok(values.f_view(shape.as_slice())?)
+            }
+        }
+    }
+}
+
+/// The layer that a weight belongs to, hence the shapes of its adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LayerForm {
+    /// A weight (out, in), or (in, out) where `fan_in_fan_out`.
+    Linear { fan_in_fan_out: bool },
+    /// A table (rows, dim).
+    Embedding,
+    /// A weight (out, in / groups, kernel…).
+    Conv { groups: i64 },
+}
+
+/// What the adapter of one layer is made from, all patterns resolved.
+#[derive(Debug, Clone)]
+pub(crate) struct LayerSpec {
+    pub(crate) form: LayerForm,
+    pub(crate) r: i64,
+    /// The factor s of ΔW.
+    pub(crate) scaling: f64,
+    pub(crate) dropout: f64,
+    /// Whether `lora_B` has a bias.
+    pub(crate) lora_bias: bool,
+    /// Whether magnitude and direction are trained apart.
+    pub(crate) use_dora: bool,
+    pub(crate) init: InitLoraWeights,
+    /// The adapter's dtype; by default f32, as PEFT's is, also on a weight of
+    /// bf16 or f16.
+    pub(crate) kind: Option<Kind>,
+}
+
+impl LayerSpec {
+    /// A new, trainable adapter beside the weight.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a combination that makes no sense.
+    pub(crate) fn build(&self, weight: &Arc<dyn PackedWeight>, switches: &Arc<Switches>) -> Result<Arc<dyn LoraLayer>> {
+        self.check()?;
+        let factors = Factors::new(self, weight.as_ref(), Arc::clone(switches))?;
+        match self.form {
+            LayerForm::Linear { fan_in_fan_out } => self.finish(LoraLinear::new(factors, fan_in_fan_out), weight),
+            LayerForm::Embedding => self.finish(LoraEmbedding::new(factors), weight),
+            LayerForm::Conv { groups } => self.finish(LoraConv::new(factors, groups), weight),
+        }
+    }
+
+    fn finish<L: Factored + 'static>(&self, layer: L, weight: &Arc<dyn PackedWeight>) -> Result<Arc<dyn LoraLayer>> {
+        Ok(if self.use_dora { Arc::new(Dora::new(layer, weight)?) } else { Arc::new(layer) })
+    }
+
+    /// Combinations that make no sense.
+    fn check(&self) -> Result<()> {
+        let embedding = self.form == LayerForm::Embedding;
+        if self.lora_bias && (self.use_dora || embedding) {
+            return Err(Error::config("lora_bias", "false with use_dora, and on embeddings", true));
+        }
+        match self.form {
+            LayerForm::Conv { groups } if groups != 1 && self.use_dora => {
+                let found = format!("a convolution in {groups} groups, whose weight can't hold its ΔW");
+                Err(Error::config("use_dora", "layers without groups", found))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The sizes of A and B on a weight of these sizes.
+    pub(super) fn factor_sizes(&self, weight: &[i64]) -> Result<(Vec<i64>, Vec<i64>)> {
+        let r = self.r;
+        match (self.form, weight) {
+            (LayerForm::Linear { fan_in_fan_out: false }, [out, inn]) => Ok((vec![r, *inn], vec![*out, r])),
+            (LayerForm::Linear { fan_in_fan_out: true }, [inn, out]) => Ok((vec![r, *inn], vec![*out, r])),
+            (LayerForm::Embedding, [rows, dim]) => Ok((vec![r, *rows], vec![*dim, r])),
+            (LayerForm::Conv { groups }, [out, inn, kernel @ ..]) => {
+                if r % groups != 0 {
+                    return Err(Error::config("r", format!("a multiple of the convolution's {groups} groups"), r));
+                }
+                let mut a = vec![r, inn * groups];
+                a.extend(kernel);
+                let mut b = vec![*out, r / groups];
+                b.extend(kernel.iter().map(|_| 1));
+                Ok((a, b))
+            }
+            (form, sizes) => Err(Error::Mismatch {
+                name: "weight to adapt".into(),
+                expected: format!("one that fits {form:?}"),
+                found: format!("{sizes:?}"),
+            }),
+        }
+    }
+}

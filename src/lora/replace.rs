@@ -1,0 +1,76 @@
+//! A full copy of a weight that is trained in its place: what
+//! `modules_to_save` and `bias` mean.
+
+use super::layer::Switches;
+use crate::base::Adapter;
+use crate::error::Result;
+use crate::ffi::hook::Operator;
+use crate::ffi::shared::SharedTensor;
+use crate::quant::PackedWeight;
+use crate::quant::frozen::{convolve, frozen};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use tch::{Kind, Tensor};
+
+/// A trainable tensor that takes the weight's place.
+#[derive(Debug)]
+pub(crate) struct Replacement {
+    value: SharedTensor,
+    switches: Arc<Switches>,
+}
+
+impl Replacement {
+    /// A trainable copy, in the weight's own dtype as in PEFT.
+    pub(crate) fn new(weight: &dyn PackedWeight, switches: Arc<Switches>) -> Result<Self> {
+        let value = match weight.as_dense() {
+            Some(dense) => {
+                let mut copy = dense.f_empty_like()?;
+                copy.f_copy_(&dense)?;
+                copy
+            }
+            None => weight.dequantize(weight.kind())?,
+        };
+        Ok(Replacement { value: SharedTensor::new(value.f_set_requires_grad(true)?), switches })
+    }
+
+    pub(crate) fn value(&self) -> Tensor {
+        self.value.get()
+    }
+}
+
+impl Adapter for Replacement {
+    fn active(&self) -> bool {
+        self.switches.enabled.load(Ordering::Relaxed)
+    }
+
+    fn addition(&self, weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Option<Tensor>> {
+        Ok(Some(self.apply(weight, operator)?.f_sub(&frozen(weight, operator)?)?))
+    }
+
+    /// The operator on the copy, by autograd's own formulas.
+    fn apply(&self, _: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
+        let value = self.value.get();
+        match *operator {
+            Operator::Linear { x, bias, transposed } => {
+                let weight = if transposed { value.f_tr()? } else { value };
+                Ok(x.f_linear(&weight, bias)?)
+            }
+            Operator::Embedding { indices, form } => {
+                Ok(Tensor::f_embedding(&value, indices, form.padding_idx, form.scale_grad_by_freq, form.sparse)?)
+            }
+            Operator::Convolution { x, bias, form } => convolve(x, &value, bias, form),
+        }
+    }
+
+    fn delta(&self, weight: &Arc<dyn PackedWeight>, kind: Kind) -> Result<Tensor> {
+        let base = match weight.as_dense() {
+            Some(dense) => dense.f_to_kind(kind)?,
+            None => weight.dequantize(kind)?,
+        };
+        Ok(self.value.get().f_to_kind(kind)?.f_sub(&base)?)
+    }
+
+    fn replacement(&self) -> Option<Tensor> {
+        Some(self.value.get())
+    }
+}

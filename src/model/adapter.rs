@@ -1,0 +1,301 @@
+//! One named adapter: the weights that it changes, and its tensors.
+
+use super::NamedParameter;
+use crate::base::{Adapter, Base, Site, WeightRole};
+use crate::error::{Error, Result};
+use crate::format::{LoadReport, peft};
+use crate::lora::{
+    self, Bias, InitLoraWeights, LayerForm, LayerSettings, LayerSpec, LoraConfig, LoraLayer, Replacement, Switches,
+    TargetModules, TokenIndices, TokenRows,
+};
+use crate::names;
+use std::collections::HashSet;
+use std::sync::Arc;
+
+/// The adapter that a model starts with, as in PEFT.
+pub(super) const DEFAULT: &str = "default";
+
+/// An adapter with its name and configuration.
+#[derive(Debug)]
+pub(super) struct NamedAdapter {
+    pub(super) name: String,
+    /// With `all-linear` resolved to paths, and patterns settled.
+    pub(super) config: LoraConfig,
+    /// The modules with A and B, sorted by path.
+    pub(super) layers: Vec<Layer>,
+    /// Full copies: `modules_to_save` and biases.
+    pub(super) saved: Vec<Saved>,
+    /// Rows of tables: `trainable_token_indices`.
+    pub(super) tokens: Vec<Tokens>,
+    /// Whether its tensors require gradients while it is active.
+    pub(super) trainable: bool,
+    /// What its scales are multiplied by.
+    pub(super) scale: f64,
+    pub(super) report: Option<LoadReport>,
+}
+
+/// A and B on one weight.
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub(super) path: String,
+    pub(super) site: Arc<Site>,
+    pub(super) lora: Arc<dyn LoraLayer>,
+    /// As the configuration says.
+    pub(super) settings: LayerSettings,
+}
+
+/// A full copy of one weight.
+#[derive(Debug)]
+pub(super) struct Saved {
+    /// Its key in a file.
+    pub(super) key: String,
+    pub(super) site: Arc<Site>,
+    pub(super) copy: Arc<Replacement>,
+}
+
+/// Trained rows of one table.
+#[derive(Debug)]
+pub(super) struct Tokens {
+    pub(super) path: String,
+    pub(super) site: Arc<Site>,
+    pub(super) rows: Vec<i64>,
+    pub(super) value: Arc<TokenRows>,
+}
+
+impl NamedAdapter {
+    /// A new adapter beside the base, in which nothing takes part yet.
+    pub(super) fn build<M>(
+        name: &str,
+        base: &Base<M>,
+        mut config: LoraConfig,
+        init: InitLoraWeights,
+        switches: &Arc<Switches>,
+    ) -> Result<Self> {
+        check_name(name)?;
+        config.check_supported()?;
+        // `all-linear` means linear layers; a name may mean any kind.
+        let candidates: Vec<_> = match config.target_modules {
+            Some(TargetModules::AllLinear) => base.weights().linears().collect(),
+            _ => base.weights().layers().collect(),
+        };
+        let paths: Vec<&str> = candidates.iter().map(|(path, _)| *path).collect();
+        let targets = lora::resolve(&config, &paths)?;
+        let wanted: HashSet<&str> = targets.iter().map(String::as_str).collect();
+        let chosen: Vec<_> = candidates.into_iter().filter(|(path, _)| wanted.contains(path)).collect();
+        let settings = config.layer_settings(chosen.iter().map(|(path, _)| *path));
+
+        let mut taken = HashSet::new();
+        let mut layers: Vec<Layer> = Vec::with_capacity(chosen.len());
+        for ((path, weight), settings) in chosen.into_iter().zip(settings) {
+            let site = weight.site_or_attach()?;
+            if !taken.insert(Arc::as_ptr(&site)) {
+                let first = layers.iter().find(|layer| Arc::ptr_eq(&layer.site, &site));
+                let found = format!("{path} and {}, which share one weight", first.map_or("", |layer| &layer.path));
+                return Err(Error::config("target_modules", "one name of a tied weight", found));
+            }
+            let spec = layer_spec(&config, settings, init, weight.role, path)?;
+            let lora = spec.build(&site.frozen(), switches)?;
+            layers.push(Layer { path: path.to_string(), site, lora, settings });
+        }
+        let saved = saved(base, &config, &targets, switches)?;
+        for copy in &saved {
+            if !taken.insert(Arc::as_ptr(&copy.site)) {
+                let found = format!("{}, which is tied to another", copy.site.name());
+                return Err(Error::config("modules_to_save", "one name of a tied weight", found));
+            }
+        }
+        let tokens = tokens(base, &config, switches)?;
+        for table in &tokens {
+            if taken.contains(&Arc::as_ptr(&table.site)) {
+                let expected = "tables that the same adapter doesn't change otherwise, as in PEFT";
+                return Err(Error::config("trainable_token_indices", expected, &table.path));
+            }
+        }
+        // PEFT writes what `all-linear` meant, as a list of paths.
+        config.settle(&targets);
+        if config.target_modules == Some(TargetModules::AllLinear) {
+            config.target_modules = Some(TargetModules::List(targets));
+        }
+        let name = name.into();
+        Ok(NamedAdapter { name, config, layers, saved, tokens, trainable: true, scale: 1.0, report: None })
+    }
+
+    /// Every weight that it changes, with what changes it.
+    pub(super) fn sites(&self) -> impl Iterator<Item = (&Arc<Site>, Arc<dyn Adapter>)> {
+        let layers = self.layers.iter().map(|layer| (&layer.site, Arc::clone(&layer.lora) as Arc<dyn Adapter>));
+        let saved = self.saved.iter().map(|saved| (&saved.site, Arc::clone(&saved.copy) as _));
+        layers.chain(saved).chain(self.tokens.iter().map(|table| (&table.site, Arc::clone(&table.value) as _)))
+    }
+
+    /// Its tensors by their keys in a file, sorted.
+    pub(super) fn tensors(&self) -> Vec<NamedParameter> {
+        let layers = self.layers.iter().flat_map(|layer| {
+            let tensors = layer.lora.tensors().into_iter();
+            tensors.map(|(end, tensor)| NamedParameter { name: peft::key(&layer.path, end), tensor })
+        });
+        let saved =
+            self.saved.iter().map(|saved| NamedParameter { name: saved.key.clone(), tensor: saved.copy.value() });
+        let tokens = self.tokens.iter().map(|table| NamedParameter {
+            name: peft::key(&table.path, "token_adapter.trainable_tokens_delta"),
+            tensor: table.value.value(),
+        });
+        let mut all: Vec<_> = layers.chain(saved).chain(tokens).collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+
+    /// Its tensors by names that no other adapter of the model has: those in a
+    /// file, and for another adapter than `default` its name before the last
+    /// part, as in PEFT.
+    pub(super) fn parameters(&self) -> Vec<NamedParameter> {
+        let mut all = self.tensors();
+        if self.name != DEFAULT {
+            for parameter in &mut all {
+                parameter.name = match parameter.name.rsplit_once('.') {
+                    Some((head, end)) if end.starts_with("lora_") => format!("{head}.{end}.{}", self.name),
+                    Some((head, end)) => format!("{head}.{}.{end}", self.name),
+                    None => format!("{}.{}", parameter.name, self.name),
+                };
+            }
+        }
+        all
+    }
+
+    /// Whether its tensors require gradients.
+    pub(super) fn require_grad(&self, on: bool) -> Result<()> {
+        for parameter in self.tensors() {
+            let _ = parameter.tensor.f_set_requires_grad(on)?;
+        }
+        Ok(())
+    }
+
+    /// Multiplies the scales that the configuration gives.
+    pub(super) fn set_scale(&mut self, scale: f64) {
+        self.scale = scale;
+        for layer in &self.layers {
+            layer.lora.set_scaling(layer.settings.scaling * scale);
+        }
+    }
+}
+
+/// Names become folders when adapters are saved, and parts of keys.
+pub(super) fn check_name(name: &str) -> Result<()> {
+    let plain = |c: char| !c.is_control() && !['.', '/', '\\', ':'].contains(&c);
+    if name.is_empty() || name == super::BASE_ROW || !name.chars().all(plain) {
+        let expected = format!("a name without dots and slashes, other than {}", super::BASE_ROW);
+        return Err(Error::config("adapter_name", expected, format!("{name:?}")));
+    }
+    Ok(())
+}
+
+/// What the adapter of a weight with this role is made from.
+fn layer_spec(
+    config: &LoraConfig,
+    settings: LayerSettings,
+    init: InitLoraWeights,
+    role: WeightRole,
+    path: &str,
+) -> Result<LayerSpec> {
+    let form = match role {
+        WeightRole::Embedding => LayerForm::Embedding,
+        WeightRole::Conv { groups } => LayerForm::Conv { groups },
+        // As in PEFT, a module's class decides where it is known.
+        WeightRole::Conv1D => LayerForm::Linear { fan_in_fan_out: true },
+        WeightRole::Linear | WeightRole::Other => LayerForm::Linear { fan_in_fan_out: config.fan_in_fan_out },
+    };
+    if config.lora_bias && form == LayerForm::Embedding {
+        return Err(Error::config("lora_bias", "false where an embedding is adapted", format!("true for {path}")));
+    }
+    Ok(LayerSpec {
+        form,
+        r: settings.r,
+        scaling: settings.scaling,
+        dropout: config.lora_dropout,
+        lora_bias: config.lora_bias,
+        use_dora: config.use_dora,
+        init,
+        kind: config.dtype,
+    })
+}
+
+/// The tables of which rows are trained.
+fn tokens<M>(base: &Base<M>, config: &LoraConfig, switches: &Arc<Switches>) -> Result<Vec<Tokens>> {
+    let tables: Vec<_> = base.weights().layers().filter(|(_, weight)| weight.role == WeightRole::Embedding).collect();
+    let none = |entry: &str| Error::NoTarget {
+        target: entry.into(),
+        near: names::near(entry, tables.iter().map(|(path, _)| *path)),
+    };
+    let wanted: Vec<(String, Vec<i64>)> = match &config.trainable_token_indices {
+        None => return Ok(Vec::new()),
+        Some(TokenIndices::Modules(modules)) => modules.clone().into_iter().collect(),
+        // The input embedding: the one that transformers calls so, or the only one.
+        Some(TokenIndices::Input(rows)) => match tables.as_slice() {
+            [(only, _)] => vec![(only.to_string(), rows.clone())],
+            _ => vec![("embed_tokens".into(), rows.clone())],
+        },
+    };
+    let mut tokens: Vec<Tokens> = Vec::new();
+    for (entry, rows) in wanted {
+        let found: Vec<_> = tables.iter().filter(|(path, _)| names::suffix_matches(path, &entry)).collect();
+        if found.is_empty() {
+            return Err(none(&entry));
+        }
+        for (path, weight) in found {
+            let site = weight.site_or_attach()?;
+            if tokens.iter().any(|other| Arc::ptr_eq(&other.site, &site)) {
+                return Err(Error::config("trainable_token_indices", "each table once", path));
+            }
+            let table = site.frozen();
+            let value = TokenRows::new(path, table.as_ref(), &rows, config.dtype, Arc::clone(switches))?;
+            tokens.push(Tokens { path: path.to_string(), site, rows: rows.clone(), value: Arc::new(value) });
+        }
+    }
+    Ok(tokens)
+}
+
+/// Copies of the weights that `modules_to_save` and `bias` mean.
+fn saved<M>(base: &Base<M>, config: &LoraConfig, targets: &[String], switches: &Arc<Switches>) -> Result<Vec<Saved>> {
+    let entries = config.modules_to_save();
+    if entries.is_empty() && config.bias == Bias::None {
+        return Ok(Vec::new());
+    }
+    let targets: HashSet<&str> = targets.iter().map(String::as_str).collect();
+    let module = |name: &str| name.rsplit_once('.').map_or(String::new(), |(module, _)| module.to_string());
+    let mut used = HashSet::new();
+    let mut saved = Vec::new();
+    for weight in base.weights().iter() {
+        let path = module(&weight.name);
+        let entry = entries.iter().find(|entry| names::is_within(&path, entry));
+        let end = weight.name.rsplit('.').next().unwrap_or_default();
+        let targeted = targets.contains(path.as_str());
+        let key = match (entry, config.bias) {
+            (Some(entry), _) => {
+                used.insert(entry);
+                peft::key(&path, end)
+            }
+            (None, Bias::All | Bias::LoraOnly) if end == "bias" && targeted => peft::key(&path, "base_layer.bias"),
+            (None, Bias::All) if end == "bias" => peft::key(&path, end),
+            _ => continue,
+        };
+        if !weight.tensor.is_floating_point() || end.starts_with("running_") {
+            let found = format!("{}, which training writes into", weight.name);
+            return Err(Error::config("modules_to_save", "modules without running statistics", found));
+        }
+        let site = weight.site_or_attach()?;
+        let copy = Arc::new(Replacement::new(site.frozen().as_ref(), Arc::clone(switches))?);
+        saved.push(Saved { key, site, copy });
+    }
+    // PEFT adds entries by the task that a model need not have.
+    match entries.iter().find(|entry| !used.contains(entry)) {
+        Some(entry) if used.is_empty() => {
+            let paths: Vec<String> = base.weights().iter().map(|weight| module(&weight.name)).collect();
+            let near = names::near(entry, paths.iter().map(String::as_str));
+            Err(Error::NoTarget { target: entry.clone(), near })
+        }
+        Some(entry) => {
+            tracing::warn!(entry, "modules_to_save names a module that the base doesn't have");
+            Ok(saved)
+        }
+        None => Ok(saved),
+    }
+}

@@ -1,0 +1,122 @@
+//! What a frozen weight answers to the operators that consume weights.
+
+use super::linear::{Like, frozen_linear};
+use super::{LinearMap, PackedWeight};
+use crate::error::Result;
+use crate::ffi::autograd::{self, Backward};
+use crate::ffi::hook::{ConvolutionForm, Operator};
+use crate::ffi::runtime::autocast_kind;
+use std::sync::Arc;
+use tch::{Kind, Tensor};
+
+/// The operator with the frozen weight alone: gradients reach x and the bias.
+pub(crate) fn frozen(weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
+    match *operator {
+        Operator::Linear { x, bias, transposed } => frozen_linear(&LinearMap::new(weight, transposed), x, bias),
+        Operator::Embedding { indices, .. } => rows(weight.as_ref(), indices),
+        Operator::Convolution { x, bias, form } => convolution(weight, x, bias, form),
+    }
+}
+
+/// The rows at `indices`, in the weight's dtype: only these are unpacked.
+fn rows(weight: &dyn PackedWeight, indices: &Tensor) -> Result<Tensor> {
+    if let Some(table) = weight.as_dense() {
+        return Ok(Tensor::f_embedding(&table, indices, -1, false, false)?);
+    }
+    let mut shape = indices.size();
+    shape.push(weight.shape()[1]);
+    let index = indices.f_to_kind(Kind::Int64)?.f_reshape([-1])?;
+    let mut out = Tensor::f_empty([index.size1()?, weight.shape()[1]], (weight.kind(), weight.device()))?;
+    weight.unpack_index(&index, &mut out)?;
+    Ok(out.f_view(shape.as_slice())?)
+}
+
+/// Unlike a linear weight, the whole weight is unpacked for the time of the
+/// call: convolutions reuse it at every position, and are small.
+fn unpacked(weight: &dyn PackedWeight, kind: Kind) -> Result<Tensor> {
+    match weight.as_dense() {
+        Some(dense) => Ok(dense.f_to_kind(kind)?),
+        None => weight.dequantize(kind),
+    }
+}
+
+fn convolution(
+    weight: &Arc<dyn PackedWeight>,
+    x: &Tensor,
+    bias: Option<&Tensor>,
+    form: &ConvolutionForm,
+) -> Result<Tensor> {
+    let kind = autocast_kind(x.device()).unwrap_or(x.f_kind()?);
+    let y = {
+        let _no_grad = tch::no_grad_guard();
+        let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
+        convolve(&x.f_to_kind(kind)?, &unpacked(weight.as_ref(), kind)?, bias.as_ref(), form)?
+    };
+    let inputs: Vec<&Tensor> = std::iter::once(x).chain(bias).collect();
+    if autograd::needs_grad(&inputs) {
+        let bias_kind = bias.map(|b| b.f_kind()).transpose()?;
+        let node = FrozenConvolution { weight: Arc::clone(weight), x: Like::new(x)?, bias_kind, form: form.clone() };
+        autograd::record(&inputs, &[], &y, Box::new(node))?;
+    }
+    Ok(y)
+}
+
+/// x (n, in, size…) with a dense weight (out, in / groups, kernel…).
+pub(crate) fn convolve(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, form: &ConvolutionForm) -> Result<Tensor> {
+    let no_output_padding = vec![0; form.stride.len()];
+    Ok(Tensor::f_convolution(
+        x,
+        weight,
+        bias,
+        form.stride.as_slice(),
+        form.padding.as_slice(),
+        form.dilation.as_slice(),
+        false,
+        no_output_padding.as_slice(),
+        form.groups,
+    )?)
+}
+
+struct FrozenConvolution {
+    weight: Arc<dyn PackedWeight>,
+    x: Like,
+    bias_kind: Option<Kind>,
+    form: ConvolutionForm,
+}
+
+impl FrozenConvolution {
+    /// dX: the transposed convolution of dY. Where the stride doesn't divide
+    /// the input, the rest is its output padding.
+    fn input_gradient(&self, grad: &Tensor) -> Result<Tensor> {
+        let ConvolutionForm { stride, padding, dilation, groups } = &self.form;
+        let weight = unpacked(self.weight.as_ref(), grad.f_kind()?)?;
+        let (size, kernel, out) = (&self.x.shape()[2..], &weight.size()[2..], &grad.size()[2..]);
+        let rest: Vec<i64> = (0..stride.len())
+            .map(|i| size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1 - (out[i] - 1) * stride[i])
+            .collect();
+        let dx = Tensor::f_convolution(
+            grad,
+            &weight,
+            None::<&Tensor>,
+            stride.as_slice(),
+            padding.as_slice(),
+            dilation.as_slice(),
+            true,
+            rest.as_slice(),
+            *groups,
+        )?;
+        self.x.shaped(&dx.f_contiguous()?)
+    }
+}
+
+impl Backward for FrozenConvolution {
+    fn backward(&self, grad: &Tensor, _: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let needs = |i: usize| needed.get(i) == Some(&true);
+        let mut grads = vec![needs(0).then(|| self.input_gradient(grad)).transpose()?];
+        if let Some(kind) = self.bias_kind {
+            let others: Vec<i64> = (0..grad.dim() as i64).filter(|dim| *dim != 1).collect();
+            grads.push(needs(1).then(|| grad.f_sum_dim_intlist(others.as_slice(), false, kind)).transpose()?);
+        }
+        Ok(grads)
+    }
+}
