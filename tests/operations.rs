@@ -178,6 +178,26 @@ fn merge_and_unload_leaves_a_plain_base_and_measures_what_was_lost() {
     assert_same("unload", &base.module().forward(ids), &quantized().module().forward(ids));
 }
 
+/// DoRA's magnitude goes into the merged weight; PEFT's weighted sums leave it out.
+#[test]
+fn dora_is_merged_with_its_magnitude_and_has_no_weighted_sum() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let ids = &read(dir.join("outputs.safetensors"))["ids"];
+    let config = LoraConfig::builder().r(4).target_modules(["q_proj", "fc"]).use_dora(true).init_lora_weights(false);
+    let mut model = LoraModel::wrap(Net::load(dir), config.build().unwrap()).unwrap();
+    for p in model.parameters().iter().filter(|p| p.name.ends_with("lora_magnitude_vector")) {
+        let factors = Tensor::rand(p.tensor.size(), (Kind::Float, tch::Device::Cpu)) + 0.5;
+        tch::no_grad(|| p.tensor.shallow_clone().f_mul_(&factors).map(drop)).unwrap();
+    }
+    let before = model.forward(ids).unwrap();
+    model.merge_adapter(&MergeOptions::new()).unwrap();
+    assert_close("merged", &model.forward(ids).unwrap(), &before, TOLERANCE);
+    model.unmerge_adapter().unwrap();
+    assert_same("unmerged", &model.forward(ids).unwrap(), &before);
+    refused(model.add_weighted_adapter(&[("default", 1.0)], "x", Combination::Cat), "adapters");
+    refused(model.save_as_lora("default", dir.join("no"), dir.join("no")), "use_dora");
+}
+
 #[test]
 fn a_broken_adapter_is_not_merged_and_nothing_changes() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
