@@ -41,6 +41,9 @@ fn quantising_frees_each_dense_weight_as_it_goes() {
         assert!(packed < LAYERS as f64 * DENSE / if scheme == "int8" { 3.9 } else { 7.0 });
         // At no time is there more than the packed form of one weight beside the dense ones.
         assert!(peak < before + DENSE, "{scheme}: {before:.0} MB at first, {peak:.0} MB at most");
+        if scheme == "nf4" {
+            loading_holds_little_more_than_the_packed_weights(&base, packed);
+        }
         let freed = before - after;
         let expected = LAYERS as f64 * DENSE - packed;
         assert!(freed > 0.9 * expected, "{scheme}: {freed:.0} MB freed of {expected:.0}");
@@ -49,4 +52,25 @@ fn quantising_frees_each_dense_weight_as_it_goes() {
     // 230 MB in all, left no more than what an allocator keeps.
     let grown = status("VmRSS") - idle[1];
     assert!(grown < 4.0 * DENSE, "{grown:.0} MB more after the last round than after the first");
+}
+
+/// Reading a saved base back, its peak is the packed weights and one dense one over what was there.
+fn loading_holds_little_more_than_the_packed_weights(base: &Base<Vec<nn::Linear>>, packed: f64) {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("memory");
+    let _ = fs::remove_dir_all(&folder);
+    base.save_quantized(&folder).unwrap();
+    let vs = nn::VarStore::new(Device::Cpu);
+    let layers: Vec<_> =
+        (0..LAYERS).map(|i| nn::linear(vs.root() / "h" / i, 2048, 4096, Default::default())).collect();
+    let before = status("VmRSS");
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    let loaded = Base::new(vs, layers).load_quantized(&folder).unwrap();
+    let (peak, after) = (status("VmHWM"), status("VmRSS"));
+    assert_eq!(loaded.quantization_report(), base.quantization_report());
+    // The dense weights of the module go one by one, as the packed ones come.
+    assert!(peak < before + DENSE / 2.0, "{before:.0} MB at first, {peak:.0} MB at most");
+    let freed = before - after;
+    let expected = LAYERS as f64 * DENSE - packed;
+    assert!(freed > 0.9 * expected, "{freed:.0} MB freed of {expected:.0}");
+    fs::remove_dir_all(&folder).unwrap();
 }

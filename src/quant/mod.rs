@@ -188,6 +188,7 @@ pub(crate) fn pack_on(
 /// values are checked.
 pub(crate) fn assemble(parts: Parts) -> Result<Arc<dyn PackedWeight>> {
     let scheme = parts.scheme;
+    check_form(&parts.name, &parts.sizes, parts.kind)?;
     Ok(match scheme {
         Scheme::Int8 | Scheme::LlmInt8 => Arc::new(int8::Int8::assemble(parts)?),
         Scheme::Int4 { .. } | Scheme::Int2 { .. } => Arc::new(affine::Affine::assemble(parts)?),
@@ -199,17 +200,23 @@ pub(crate) fn assemble(parts: Parts) -> Result<Arc<dyn PackedWeight>> {
     })
 }
 
+/// The shapes and dtypes that weights can be packed from.
+fn check_form(name: &str, sizes: &[i64], kind: Kind) -> Result<()> {
+    let float = matches!(kind, Kind::Float | Kind::BFloat16 | Kind::Half);
+    if (2..=5).contains(&sizes.len()) && sizes.iter().all(|&size| size > 0) && float {
+        return Ok(());
+    }
+    Err(Error::Mismatch {
+        name: name.into(),
+        expected: "a weight of two to five dimensions, none of them 0, of f32, bf16 or f16".into(),
+        found: format!("{kind:?} {sizes:?}"),
+    })
+}
+
 /// What [`quantize`] demands of a weight.
 pub(crate) fn check(name: &str, weight: &Tensor, scheme: Scheme) -> Result<()> {
-    let (shape, kind) = (weight.size(), weight.f_kind()?);
-    let float = matches!(kind, Kind::Float | Kind::BFloat16 | Kind::Half);
-    if !(2..=5).contains(&shape.len()) || shape.contains(&0) || !float {
-        return Err(Error::Mismatch {
-            name: name.into(),
-            expected: "a weight of two to five dimensions, none of them 0, of f32, bf16 or f16".into(),
-            found: format!("{kind:?} {shape:?}"),
-        });
-    }
+    let kind = weight.f_kind()?;
+    check_form(name, &weight.size(), kind)?;
     // NaN is neither above nor below the limit, and comes through as NaN.
     let (low, high) = weight.f_detach()?.f_aminmax(None, false)?;
     let (low, high) = (f64::try_from(low)?, f64::try_from(high)?);

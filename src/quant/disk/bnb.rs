@@ -44,6 +44,9 @@ pub(super) fn read(files: &Files, wanted: Wanted<'_>) -> Result<Option<Parts>> {
 
 fn four_bit(files: &Files, wanted: Wanted<'_>, blob: &str) -> Result<Parts> {
     let broken = |reason: String| files.corrupt(format!("{blob}: {reason}"));
+    if files.describe(blob).is_none_or(|(shape, kind)| shape.len() != 1 || kind != Kind::Uint8) {
+        return Err(broken("expected a vector of bytes".into()));
+    }
     let bytes = Vec::<u8>::try_from(files.take(blob, Device::Cpu)?)?;
     let state: State = serde_json::from_slice(&bytes).map_err(|error| broken(error.to_string()))?;
     let kind = DTYPES.iter().find(|(name, _)| *name == state.dtype).map(|(_, kind)| *kind);
