@@ -41,7 +41,9 @@ fn main() {
         let mut run = started(Run::builder(&folder).every(1).keep(1).background(true), &mut parts);
         run.step(&mut parts).unwrap();
         run.flush().unwrap();
+        let before = running();
         times.measure("stop of training, in the background", || run.step(&mut parts).unwrap());
+        times.add("  of which the training thread was running", running() - before);
         run.flush().unwrap();
         drop(run);
 
@@ -68,7 +70,7 @@ fn main() {
     }
 
     let total: u64 =
-        files(&dir.join("run/checkpoint-00000001")).iter().map(|f| fs::metadata(f).map_or(0, |m| m.len())).sum();
+        files(&dir.join("run/checkpoint-00000000")).iter().map(|f| fs::metadata(f).map_or(0, |m| m.len())).sum();
     println!("{} MB, medians of {ROUNDS}:", total / 1_000_000);
     let ms = |what: &str| times.median(what).as_secs_f64() * 1e3;
     for (what, _) in &times.all {
@@ -111,6 +113,14 @@ fn started(run: RunBuilder, parts: &mut Parts<'_>) -> Run {
     let mut run = run.build().unwrap();
     run.resume_or_start(parts).unwrap();
     run
+}
+
+/// How long this thread has been running, where the system tells: on a busy
+/// machine less than has passed.
+fn running() -> Duration {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let nanoseconds = text.split(' ').next().and_then(|number| number.parse().ok());
+    Duration::from_nanos(nanoseconds.unwrap_or_default())
 }
 
 fn fresh(path: &Path) -> PathBuf {

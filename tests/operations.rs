@@ -178,6 +178,26 @@ fn merge_and_unload_leaves_a_plain_base_and_measures_what_was_lost() {
     assert_same("unload", &base.module().forward(ids), &quantized().module().forward(ids));
 }
 
+/// DoRA's magnitude goes into the merged weight; PEFT's weighted sums leave it out.
+#[test]
+fn dora_is_merged_with_its_magnitude_and_has_no_weighted_sum() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let ids = &read(dir.join("outputs.safetensors"))["ids"];
+    let config = LoraConfig::builder().r(4).target_modules(["q_proj", "fc"]).use_dora(true).init_lora_weights(false);
+    let mut model = LoraModel::wrap(Net::load(dir), config.build().unwrap()).unwrap();
+    for p in model.parameters().iter().filter(|p| p.name.ends_with("lora_magnitude_vector")) {
+        let factors = Tensor::rand(p.tensor.size(), (Kind::Float, tch::Device::Cpu)) + 0.5;
+        tch::no_grad(|| p.tensor.shallow_clone().f_mul_(&factors).map(drop)).unwrap();
+    }
+    let before = model.forward(ids).unwrap();
+    model.merge_adapter(&MergeOptions::new()).unwrap();
+    assert_close("merged", &model.forward(ids).unwrap(), &before, TOLERANCE);
+    model.unmerge_adapter().unwrap();
+    assert_same("unmerged", &model.forward(ids).unwrap(), &before);
+    refused(model.add_weighted_adapter(&[("default", 1.0)], "x", Combination::Cat), "adapters");
+    refused(model.save_as_lora("default", dir.join("no"), dir.join("no")), "use_dora");
+}
+
 #[test]
 fn a_broken_adapter_is_not_merged_and_nothing_changes() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
@@ -377,7 +397,8 @@ fn names_of_adapters_never_change_what_is_saved() {
 #[test]
 fn copies_and_biases_are_trained_and_saved_as_in_peft() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
-    for case in ["modules", "norms", "bias_all", "bias_lora_only", "modules_and_bias"] {
+    let cases = ["modules", "norms", "bias_all", "bias_lora_only", "modules_and_bias", "tokens"];
+    for case in cases {
         let folder = dir.join("saved").join(case);
         let record = read(folder.join("record.safetensors"));
         let model = LoraModel::init_lora(Net::load(dir), folder.join("before")).unwrap();
@@ -544,6 +565,49 @@ fn dtypes_are_what_was_asked_for() {
     assert!(half.parameters().iter().all(|p| p.tensor.kind() == Kind::BFloat16));
     assert_eq!(half.forward(ids).unwrap().kind(), Kind::Float);
     refused(config().dtype(Kind::Int64).build(), "dtype");
+}
+
+/// PEFT drops the bias of an output layer that is tied to a table with trained rows, and can't save
+/// any other adapter of such a model.
+#[test]
+fn trained_rows_reach_a_tied_output_layer_with_its_bias() {
+    let _rng = rng();
+    let vs = tch::nn::VarStore::new(tch::Device::Cpu);
+    let embed = tch::nn::embedding(vs.root() / "embed", 9, 4, Default::default());
+    let head = tch::nn::linear(vs.root() / "head", 4, 4, Default::default());
+    let bias = Tensor::randn([9], (Kind::Float, tch::Device::Cpu));
+    let run = |ids: &Tensor| ids.apply(&embed).apply(&head).f_linear(&embed.ws, Some(&bias)).unwrap();
+    let ids = Tensor::from_slice(&[0i64, 3, 5, 8]);
+    let table = embed.ws.detach().copy();
+    let config = LoraConfig::builder().target_modules(["head"]).trainable_token_indices([3, 8]).build().unwrap();
+    let mut model = LoraModel::wrap(vs, config).unwrap();
+    let before = run(&ids);
+    let rows = model.parameters().into_iter().find(|p| p.name.ends_with("trainable_tokens_delta")).unwrap();
+    assert_eq!(rows.name, "base_model.model.embed.token_adapter.trainable_tokens_delta");
+    assert_same("rows at first", &rows.tensor.detach(), &table.index_select(0, &Tensor::from_slice(&[3i64, 8])));
+    tch::no_grad(|| rows.tensor.shallow_clone().f_add_scalar_(1.0).map(drop)).unwrap();
+    let expected = {
+        let changed = table.index_copy(0, &Tensor::from_slice(&[3i64, 8]), &rows.tensor.detach());
+        let x = Tensor::embedding(&changed, &ids, -1, false, false).apply(&head);
+        x.matmul(&changed.tr()) + &bias
+    };
+    assert_close("rows", &run(&ids), &expected, TOLERANCE);
+    assert_differs("rows", &expected, &before, 1e-2);
+    run(&ids).sum(Kind::Float).backward();
+    assert!(f64::try_from(rows.tensor.grad().norm()).unwrap() > 0.0);
+
+    let other = LoraConfig::builder().target_modules(["head"]).trainable_token_indices([5, 8]).build().unwrap();
+    model.add_adapter("other", other).unwrap();
+    refused(model.set_adapter(["default", "other"]), "trainable_token_indices");
+    let plain = LoraConfig::builder().target_modules(["head"]).build().unwrap();
+    model.add_adapter("plain", plain).unwrap();
+    model.save_pretrained(common::fresh_dir("tokens")).unwrap();
+    let far = LoraConfig::builder().target_modules(["head"]).trainable_token_indices([9]).build().unwrap();
+    refused(model.add_adapter("far", far), "trainable_token_indices");
+    let both = LoraConfig::builder().target_modules(["embed"]).trainable_token_indices([1]).build().unwrap();
+    refused(model.add_adapter("both", both), "trainable_token_indices");
+    model.merge_adapter(&MergeOptions::new()).unwrap();
+    assert_close("merged", &run(&ids), &expected, TOLERANCE);
 }
 
 /// Every file that the tests above left in `from_rust`, each with its output, loaded by PEFT.

@@ -230,7 +230,7 @@ fn five_steps_with_dropout_equal_pefts() {
 #[test]
 fn features_that_are_not_had_are_refused_by_name() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
-    let cases = [("dora", "use_dora")];
+    let cases = [("qalora", "use_qalora"), ("tying", "ensure_weight_tying")];
     for (case, field) in cases {
         let folder = dir.join("other_features").join(case);
         let loaded = LoraModel::from_pretrained(Net::load(dir), &folder);
@@ -253,6 +253,7 @@ fn adapters_with_patterns_filters_and_copies_answer_as_in_peft() {
         ("rank_pattern", 2),
         ("exclude_modules", 1),
         ("layers_to_transform", 1),
+        ("dora", 2),
         ("lora_bias", 2),
         ("bias", 2),
         ("modules_to_save", 2),

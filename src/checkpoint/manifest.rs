@@ -93,9 +93,14 @@ fn seal(body: &[u8]) -> Vec<u8> {
 }
 
 impl FileEntry {
-    pub(super) fn of(bytes: &[u8]) -> Self {
-        let hash = blake3::Hasher::new().update_rayon(bytes).finalize();
-        FileEntry { size: bytes.len() as u64, blake3: hash.to_hex().to_string() }
+    /// The entry of a file with these bytes.
+    pub(super) fn of(pieces: &[&[u8]]) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        for piece in pieces {
+            hasher.update_rayon(piece);
+        }
+        let size = pieces.iter().map(|piece| piece.len() as u64).sum();
+        FileEntry { size, blake3: hasher.finalize().to_hex().to_string() }
     }
 
     /// Opens a file of this size. The size is compared before anything is

@@ -8,7 +8,7 @@ use super::{CheckpointFiles, Parts};
 use crate::error::{Error, Result};
 use crate::format::safetensors;
 use crate::train::compare::{differences, same_config};
-use crate::train::{OptimizerState, RngState, State};
+use crate::train::{OptimizerState, RngState, SamplerState, State};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -121,26 +121,24 @@ impl Loaded {
     fn load(self, parts: &mut Parts<'_>) -> Result<()> {
         let Loaded { files, state, optimizer, parts: mut states, .. } = self;
         parts.model.load_adapter(&files)?;
-        if let Some(optimizer) = optimizer {
-            parts.optimizer.import_state(optimizer)?;
-        }
         for (name, part) in &mut parts.others {
             if let Some(state) = states.remove(*name) {
                 part.import_state(state)?;
             }
         }
         parts.sampler.set_state(&state.sampler)?;
-        // Last, in case loading has drawn from them.
-        state.rng.on(&parts.model.devices()).restore()
+        state.rng.on(&parts.model.devices()).restore()?;
+        // Last, since it takes all or nothing by itself: the largest part need
+        // not be copied to be put back.
+        optimizer.map_or(Ok(()), |optimizer| parts.optimizer.import_state(optimizer))
     }
 }
 
-/// The parts as they were.
+/// The parts as they were, but for the optimizer.
 struct Before {
     adapter: CheckpointFiles,
-    optimizer: OptimizerState,
     others: Vec<State>,
-    sampler: crate::train::SamplerState,
+    sampler: SamplerState,
     rng: RngState,
 }
 
@@ -148,7 +146,6 @@ impl Before {
     fn of(parts: &Parts<'_>) -> Result<Self> {
         Ok(Before {
             adapter: CheckpointFiles::in_memory(Path::new("memory"), parts.model.adapter_files()?),
-            optimizer: parts.optimizer.export_state()?,
             others: parts.others.iter().map(|(_, part)| part.export_state()).collect::<Result<_>>()?,
             sampler: parts.sampler.state().clone(),
             rng: RngState::capture(&parts.model.devices())?,
@@ -156,7 +153,7 @@ impl Before {
     }
 
     fn put_back(self, parts: &mut Parts<'_>) {
-        let mut results = vec![parts.model.load_adapter(&self.adapter), parts.optimizer.import_state(self.optimizer)];
+        let mut results = vec![parts.model.load_adapter(&self.adapter)];
         let others = parts.others.iter_mut().zip(self.others);
         results.extend(others.map(|((_, part), state)| part.import_state(state)));
         results.push(parts.sampler.set_state(&self.sampler));

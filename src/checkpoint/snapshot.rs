@@ -9,7 +9,6 @@ use crate::error::{Error, Result};
 use crate::format::safetensors;
 use serde::Serialize;
 use serde_json::{Value, json};
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use tch::Tensor;
 
@@ -35,10 +34,26 @@ impl Content {
         serde_json::to_vec_pretty(value).map(Content::Bytes).map_err(|error| Error::corrupt(name, error))
     }
 
-    pub(super) fn bytes(&self) -> Result<Cow<'_, [u8]>> {
+    pub(super) fn lay_out(&self) -> Result<LaidOut<'_>> {
+        Ok(match self {
+            Content::Bytes(bytes) => LaidOut::Bytes(bytes),
+            Content::Tensors(tensors) => LaidOut::Tensors(safetensors::Layout::of(tensors)?),
+        })
+    }
+}
+
+/// A file as it goes to disk.
+pub(super) enum LaidOut<'a> {
+    Bytes(&'a [u8]),
+    Tensors(safetensors::Layout),
+}
+
+impl LaidOut<'_> {
+    /// Its bytes, in pieces.
+    pub(super) fn pieces(&self) -> Vec<&[u8]> {
         match self {
-            Content::Bytes(bytes) => Ok(Cow::Borrowed(bytes)),
-            Content::Tensors(tensors) => safetensors::serialize(tensors).map(Cow::Owned),
+            LaidOut::Bytes(bytes) => vec![bytes],
+            LaidOut::Tensors(layout) => layout.pieces(),
         }
     }
 }

@@ -8,7 +8,11 @@ use super::snapshot::Snapshot;
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufWriter, IntoInnerError, Write};
 use std::path::{Path, PathBuf};
+
+/// Pieces are put together to so many bytes.
+const BUFFER: usize = 1 << 20;
 
 /// Writes a snapshot into a hidden sibling, the manifest last, syncs it, and
 /// gives the folder its name.
@@ -35,20 +39,23 @@ fn fill(disk: &dyn FileSystem, dir: &Path, snapshot: &Snapshot) -> Result<()> {
     disk.create_dir(dir).map_err(Error::io(dir))?;
     let mut entries = BTreeMap::new();
     for (name, content) in &snapshot.files {
-        let bytes = content.bytes()?;
         let path = dir.join(name);
-        let (entry, written) = rayon::join(|| FileEntry::of(&bytes), || write_synced(disk, &path, &bytes));
+        let file = content.lay_out()?;
+        let pieces = file.pieces();
+        let (entry, written) = rayon::join(|| FileEntry::of(&pieces), || write_synced(disk, &path, &pieces));
         written?;
         entries.insert(name.clone(), entry);
     }
     let manifest = Manifest::new(snapshot.step, snapshot.metric, entries);
-    write_synced(disk, &dir.join(layout::MANIFEST), &manifest.to_text()?)?;
+    write_synced(disk, &dir.join(layout::MANIFEST), &[&manifest.to_text()?])?;
     disk.sync_dir(dir).map_err(Error::io(dir))
 }
 
-fn write_synced(disk: &dyn FileSystem, path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = disk.create(path).map_err(Error::io(path))?;
-    file.write_all(bytes).and_then(|()| file.sync()).map_err(Error::io(path))
+fn write_synced(disk: &dyn FileSystem, path: &Path, pieces: &[&[u8]]) -> Result<()> {
+    let mut file = BufWriter::with_capacity(BUFFER, disk.create(path).map_err(Error::io(path))?);
+    let written = pieces.iter().try_for_each(|piece| file.write_all(piece));
+    let file = written.and_then(|()| file.into_inner().map_err(IntoInnerError::into_error));
+    file.and_then(|mut file| file.sync()).map_err(Error::io(path))
 }
 
 /// Renames the finished folder, past one of the same step if there is any.

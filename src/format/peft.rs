@@ -299,10 +299,10 @@ mod tests {
         assert!(text.contains("\"new_thing\": {"), "{text}");
 
         let lacking =
-            json!({"peft_type": "LORA", "target_modules": "x", "use_dora": true, "ensure_weight_tying": true});
+            json!({"peft_type": "LORA", "target_modules": "x", "use_qalora": true, "ensure_weight_tying": true});
         let error = read(lacking).unwrap().config.check_supported().unwrap_err();
         let Error::Unsupported { fields } = error else { panic!("{error}") };
-        assert_eq!(fields, ["ensure_weight_tying = true", "use_dora = true"]);
+        assert_eq!(fields, ["ensure_weight_tying = true", "use_qalora = true"]);
         assert!(matches!(read(json!({"peft_type": "LOHA"})), Err(Error::Unsupported { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": 3})), Err(Error::Corrupt { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": "x", "r": 0})), Err(Error::Config { .. })));

@@ -2,32 +2,66 @@
 
 use crate::error::{Error, Result};
 use crate::ffi::bytes::{TensorBytes, tensor_from_bytes};
-use safetensors::tensor::TensorView;
+use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use tch::{Kind, Tensor};
 
-/// The bytes of a safetensors file, laid out as the Python library does it:
-/// tensors by falling dtype size, then by name.
+/// A safetensors file that is not put together yet: its header, and tensors in
+/// their order. Those on the CPU are lent, not copied.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    header: Vec<u8>,
+    tensors: Vec<TensorBytes>,
+}
+
+impl Layout {
+    /// Lays tensors out as the Python library does it: by falling dtype size,
+    /// then by name.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a dtype that safetensors doesn't have.
+    pub(crate) fn of(tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
+        let mut held = Vec::with_capacity(tensors.len());
+        for (name, tensor) in tensors {
+            let shape: Vec<usize> = tensor.size().iter().map(|&d| d as usize).collect();
+            held.push((name, dtype(name, tensor.f_kind()?)?, shape, TensorBytes::of(tensor)?));
+        }
+        held.sort_by(|a, b| b.1.bitsize().cmp(&a.1.bitsize()).then_with(|| a.0.cmp(b.0)));
+        let mut end = 0;
+        let mut infos = Vec::with_capacity(held.len());
+        let mut tensors = Vec::with_capacity(held.len());
+        for (name, dtype, shape, bytes) in held {
+            let start = end;
+            end += bytes.as_slice().len();
+            infos.push((name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) }));
+            tensors.push(bytes);
+        }
+        // What PEFT writes, and what `transformers` wants to see.
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        let refused = |error: String| Error::config("tensors", "what safetensors can hold", error);
+        let metadata = Metadata::new(Some(metadata), infos).map_err(|error| refused(error.to_string()))?;
+        let mut json = serde_json::to_vec(&metadata).map_err(|error| refused(error.to_string()))?;
+        json.resize(json.len().next_multiple_of(8), b' ');
+        let mut header = (json.len() as u64).to_le_bytes().to_vec();
+        header.append(&mut json);
+        Ok(Layout { header, tensors })
+    }
+
+    /// The file, in pieces.
+    pub(crate) fn pieces(&self) -> Vec<&[u8]> {
+        let tensors = self.tensors.iter().map(TensorBytes::as_slice);
+        [self.header.as_slice()].into_iter().chain(tensors).collect()
+    }
+}
+
+/// The bytes of a safetensors file, as [`Layout::of`] has them.
 ///
 /// # Errors
-/// [`Error::Config`] for a dtype that safetensors doesn't have.
+/// Those of [`Layout::of`].
 pub(crate) fn serialize(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>> {
-    let mut held = Vec::with_capacity(tensors.len());
-    for (name, tensor) in tensors {
-        let shape: Vec<usize> = tensor.size().iter().map(|&d| d as usize).collect();
-        held.push((name, dtype(name, tensor.f_kind()?)?, shape, TensorBytes::of(tensor)?));
-    }
-    let views = held
-        .iter()
-        .map(|(name, dtype, shape, bytes)| Ok((name, TensorView::new(*dtype, shape.clone(), bytes.as_slice())?)))
-        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
-    // What PEFT writes, and what `transformers` wants to see.
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    views
-        .and_then(|views| safetensors::serialize(views, Some(metadata)))
-        .map_err(|error| Error::config("tensors", "what safetensors can hold", error))
+    Ok(Layout::of(tensors)?.pieces().concat())
 }
 
 /// All tensors of a file, on the CPU.

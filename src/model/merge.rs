@@ -1,6 +1,7 @@
 //! Merging adapters into the weights, and taking them off.
 
 use super::LoraModel;
+use super::adapter::BySite;
 use crate::base::{Adapter, Adapters, Base, Site};
 use crate::error::{Error, Result};
 use crate::ffi::hook;
@@ -225,7 +226,7 @@ impl<M> LoraModel<M> {
 
     /// W' of every weight that the named adapters change, sorted by name.
     fn merged_weights(&self, names: &[String], options: &MergeOptions) -> Result<Vec<Merged>> {
-        let mut sites: HashMap<*const Site, (&Arc<Site>, Vec<Arc<dyn Adapter>>)> = HashMap::new();
+        let mut sites = BySite::new();
         let mut merged = Vec::new();
         for name in names {
             let adapter = self.named(name)?;
@@ -249,7 +250,8 @@ impl<M> LoraModel<M> {
 
     /// The base's biases with those of `lora_B` added: b' = b + Σ s · b_B.
     fn merged_biases(&self, names: &[String]) -> Result<Vec<Merged>> {
-        let mut sums: HashMap<&str, (Tensor, Vec<Arc<dyn Adapter>>)> = HashMap::new();
+        type Sum = (Tensor, Vec<Arc<dyn Adapter>>);
+        let mut sums: HashMap<&str, Sum> = HashMap::new();
         let _no_grad = tch::no_grad_guard();
         for name in names {
             for layer in &self.named(name)?.layers {

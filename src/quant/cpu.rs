@@ -1,8 +1,8 @@
 //! Which kernel serves which scheme on the CPU: lends the packed tensors to
 //! the kernels as slices.
 
-use super::kernels::{self, Bytes, Codes, Dtype, Float, Floats, Format, I8, Scales, Tile};
-use super::{PackedWeight, Scheme};
+use super::kernels::{self, Bytes, Codes, Dtype, E4m3, E5m2, Float, Floats, Format, Groups, I8, Scales, Tile};
+use super::{Fp8Format, PackedWeight, Scheme};
 use crate::error::Result;
 use crate::ffi::bytes::{read, write};
 use half::{bf16, f16};
@@ -57,6 +57,26 @@ pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
                     })
                 })
             })??
+        }
+        Scheme::Fp8 { format } => {
+            let (Some(data), Some(scale)) = (data, tensor("weight.scale")) else { return Ok(false) };
+            let data = data.f_view_dtype(Kind::Uint8)?;
+            read(&data, |data| {
+                floats(scale, |scales| match format {
+                    Fp8Format::E4m3 => serve(&Bytes::<E4m3>::new(data, scales, shape[1]), shape, op),
+                    Fp8Format::E5m2 => serve(&Bytes::<E5m2>::new(data, scales, shape[1]), shape, op),
+                })
+            })?
+        }
+        Scheme::Int4 { .. } | Scheme::Int2 { .. } => {
+            let parts = [data, tensor("weight.scale"), tensor("weight.shift")];
+            let [Some(data), Some(scale), Some(shift)] = parts else { return Ok(false) };
+            let (bits, group) = (if matches!(scheme, Scheme::Int2 { .. }) { 2 } else { 4 }, data.size2()?.1 as usize);
+            read(data, |data| {
+                floats(scale, |scales| {
+                    floats(shift, |shifts| serve(&Groups::new(data, scales, shifts, group, bits), shape, op))
+                })
+            })?
         }
         // Served by their own operators.
         _ => Ok(false),
@@ -128,4 +148,111 @@ fn serve_as<F: Format, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Resul
         }
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every scheme with a kernel.
+    fn schemes() -> Vec<Scheme> {
+        let mut schemes = vec![Scheme::Int8];
+        for (block_size, double_quant) in [(64, false), (64, true), (32, false), (256, true)] {
+            schemes.push(Scheme::Nf4 { block_size, double_quant });
+            schemes.push(Scheme::Fp4 { block_size, double_quant });
+        }
+        schemes.extend([Fp8Format::E4m3, Fp8Format::E5m2].map(|format| Scheme::Fp8 { format }));
+        for group_size in [128, 32] {
+            schemes.push(Scheme::Int4 { group_size, hqq: false });
+            schemes.push(Scheme::Int2 { group_size, hqq: false });
+        }
+        schemes
+    }
+
+    fn weight(shape: [i64; 2], kind: Kind) -> Tensor {
+        let values = Tensor::randn(shape, (Kind::Float, Device::Cpu));
+        // Small values and zeros too, and a row of nothing else.
+        let values = values.f_mul(&values.f_gt(-1.0).unwrap()).unwrap();
+        let _ = values.get(0).fill_(0.0);
+        (values.f_pow_tensor_scalar(3.0).unwrap()).to_kind(kind)
+    }
+
+    fn same(found: &Tensor, expected: &Tensor, what: &str) {
+        let bytes = |t: &Tensor| crate::ffi::bytes::tensor_bytes(t).unwrap();
+        assert!(bytes(found) == bytes(expected), "{what}: {found} instead of {expected}");
+    }
+
+    // The schemes' own unpacking, with libtorch's operators for most, is a
+    // second implementation of the same definition.
+    #[test]
+    fn kernels_unpack_the_same_bits() {
+        for (shape, kind) in [
+            ([6, 256], Kind::Float),
+            ([5, 37], Kind::Float),
+            ([9, 192], Kind::BFloat16),
+            ([3, 130], Kind::Half),
+            ([40, 1024], Kind::BFloat16),
+        ] {
+            let weight = weight(shape, kind);
+            for scheme in schemes() {
+                let packed = crate::quant::quantize("w", &weight, scheme).unwrap();
+                let [rows, inn] = shape;
+                for out_kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+                    let mut expected = Tensor::zeros(shape, (out_kind, Device::Cpu));
+                    packed.unpack_rows(0, &mut expected).unwrap();
+                    for (row, columns) in [(0, 0..inn), (2, 0..inn), (0, inn / 3..inn), (1, 5..6), (0, 16..32)] {
+                        let (height, width) = (rows - row, columns.end - columns.start);
+                        let what = format!("{scheme} {kind:?} {shape:?} as {out_kind:?}, row {row}, {columns:?}");
+                        let expected = expected.narrow(0, row, height).narrow(1, columns.start, width).contiguous();
+                        let mut out = Tensor::full([height, width], 7.0, (out_kind, Device::Cpu));
+                        let op = Op::Unpack { row, columns, out: &mut out };
+                        assert!(run(packed.as_ref(), op).unwrap(), "{what}: no kernel");
+                        same(&out, &expected, &what);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_rows_multiply() {
+        for (shape, kind) in [([70, 256], Kind::Float), ([33, 512], Kind::BFloat16), ([5, 512], Kind::Half)] {
+            let [out, inn] = shape;
+            let weight = weight(shape, kind);
+            for scheme in schemes() {
+                let packed = crate::quant::quantize("w", &weight, scheme).unwrap();
+                let dense = packed.dequantize(Kind::Float).unwrap().to_kind(Kind::Double);
+                for n in [1, 2, 3, 7, 8, 13, 16] {
+                    for x_kind in [Kind::Float, Kind::BFloat16] {
+                        let what = format!("{scheme} {kind:?} {shape:?}, {n} rows of {x_kind:?}");
+                        let random = |columns| Tensor::randn([n, columns], (Kind::Float, Device::Cpu)).to_kind(x_kind);
+                        let (x, g) = (random(inn), random(out));
+                        let mut y = Tensor::full([n, out], 7.0, (x_kind, Device::Cpu));
+                        let mut dx = Tensor::full([n, inn], 7.0, (x_kind, Device::Cpu));
+                        assert!(run(packed.as_ref(), Op::Product { x: &x, y: &mut y }).unwrap(), "{what}");
+                        let op = Op::ProductTransposed { g: &g, dx: &mut dx };
+                        assert!(run(packed.as_ref(), op).unwrap(), "{what}");
+                        for (found, a, b) in [(y, x, dense.tr()), (dx, g, dense.shallow_clone())] {
+                            let a = a.to_kind(Kind::Double);
+                            let (expected, magnitude) = (a.mm(&b), a.abs().mm(&b.abs()));
+                            // The rounding of f32 sums, and of the result.
+                            let result = if x_kind == Kind::Float { 0.0 } else { 0.5f64.powi(8) };
+                            let bound = magnitude * (shape[1].max(shape[0]) as f64 * 0.5f64.powi(24));
+                            let bound = bound + expected.abs() * result + 1e-30;
+                            let within = (found.to_kind(Kind::Double) - expected).abs().le_tensor(&bound).all();
+                            assert!(i64::try_from(within).unwrap() == 1, "{what}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_broken_blocks_are_left_to_tiles() {
+        let packed = crate::quant::quantize("w", &weight([4, 96], Kind::Float), schemes()[1]).unwrap();
+        let (x, mut y) =
+            (Tensor::ones([1, 96], (Kind::Float, Device::Cpu)), Tensor::zeros([1, 4], (Kind::Float, Device::Cpu)));
+        assert!(!run(packed.as_ref(), Op::Product { x: &x, y: &mut y }).unwrap());
+    }
 }

@@ -36,6 +36,18 @@ pub(crate) fn multiply(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     if by_onednn(x)? { onednn_linear(x, &w.f_tr()?) } else { Ok(x.f_mm(w)?) }
 }
 
+/// x · wᵀ (+ bias): x (n, k), w (m, k), bias (m) of the same dtype; a new (n, m).
+pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    if !by_onednn(x)? {
+        return Ok(x.f_linear(w, bias)?);
+    }
+    let mut y = onednn_linear(x, w)?;
+    if let Some(bias) = bias {
+        let _ = y.f_add_(bias)?;
+    }
+    Ok(y)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

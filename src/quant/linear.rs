@@ -24,13 +24,13 @@ fn few(kind: Kind) -> i64 {
 pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (kind, [out, inn]) = (x.f_kind()?, weight.shape());
     let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
+    if let Some(dense) = weight.as_dense() {
+        return gemm::linear(x, &dense.f_to_kind(kind)?, bias.as_ref());
+    }
     let add = |mut y: Tensor| match &bias {
         Some(bias) => Ok(y.f_add_(bias)?),
         None => Ok(y),
     };
-    if let Some(dense) = weight.as_dense() {
-        return add(gemm::multiply(x, &dense.f_to_kind(kind)?.f_tr()?)?);
-    }
     let n = x.size2()?.0;
     let mut y = Tensor::f_empty([n, out], (kind, x.device()))?;
     if n <= few(kind) && cpu::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {

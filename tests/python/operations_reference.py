@@ -45,6 +45,7 @@ SAVED = {
     "norms": dict(modules_to_save=["norm", "embed"]),
     "bias_all": dict(bias="all"),
     "bias_lora_only": dict(bias="lora_only"),
+    "tokens": dict(trainable_token_indices={"embed": [1, 5, 7]}),
     "modules_and_bias": dict(modules_to_save=["fc"], bias="lora_only"),
 }
 

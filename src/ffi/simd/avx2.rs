@@ -57,8 +57,6 @@ impl Avx2 {
 impl Simd for Avx2 {
     type V = V;
 
-    const WIDE: bool = false;
-
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
         #[target_feature(enable = "avx2,f16c,fma")]

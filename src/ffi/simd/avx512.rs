@@ -27,8 +27,6 @@ impl Avx512 {
 impl Simd for Avx512 {
     type V = __m512;
 
-    const WIDE: bool = true;
-
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")]

@@ -32,9 +32,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Sixteen f32.
     type V: Copy;
 
-    /// Whether there are registers for sixteen sums and what they need.
-    const WIDE: bool;
-
     /// Runs a kernel compiled for this instruction set.
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
 
@@ -108,4 +105,119 @@ pub(crate) fn wide_but_not_intel() -> bool {
         return (leaf.ebx, leaf.edx, leaf.ecx) != (0x756e_6547, 0x4965_6e69, 0x6c65_746e);
     }
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::{bf16, f16};
+    use tch::{Kind, Tensor};
+
+    /// Runs a kernel on every instruction set of this processor; the first is
+    /// the portable one.
+    fn on_all<K: Kernel + Copy>(kernel: K) -> Vec<K::Output> {
+        let mut outputs = vec![Portable.vectorize(kernel)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            outputs.extend(Avx2::detect().map(|s| s.vectorize(kernel)));
+            outputs.extend(Avx512::detect().map(|s| s.vectorize(kernel)));
+        }
+        #[cfg(target_arch = "aarch64")]
+        outputs.extend(Neon::detect().map(|s| s.vectorize(kernel)));
+        outputs
+    }
+
+    /// The bits of what every exact method makes of some bytes and values.
+    #[derive(Clone, Copy)]
+    struct Exact<'a> {
+        bytes: &'a [u8; LANES],
+        values: &'a [f32; LANES],
+    }
+
+    impl Kernel for Exact<'_> {
+        type Output = Vec<Vec<u32>>;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            let (v, bytes) = (s.load(self.values), self.bytes);
+            let half: &[u8; LANES / 2] = bytes.first_chunk().unwrap();
+            let mut results = Vec::new();
+            let mut keep = |v: S::V| {
+                let mut lanes = [0.0; LANES];
+                s.store(v, &mut lanes);
+                results.push(lanes.map(f32::to_bits).to_vec());
+            };
+            keep(s.splat(self.values[3]));
+            keep(s.add(v, s.splat(1.5)));
+            keep(s.sub(v, s.splat(1.5)));
+            keep(s.mul(v, v));
+            keep(s.round_bf16(v));
+            keep(s.round_f16(v));
+            keep(s.look_up_nibbles(v, half));
+            for shift in [0, 2, 4, 6] {
+                keep(s.look_up_field(v, bytes, shift));
+            }
+            keep(s.from_i8(bytes));
+            keep(s.from_e4m3(bytes));
+            keep(s.from_e5m2(bytes));
+            let (mut b, mut f) = ([bf16::ZERO; LANES], [f16::ZERO; LANES]);
+            s.store_bf16(v, &mut b);
+            s.store_f16(v, &mut f);
+            results.push(b.map(|b| u32::from(b.to_bits())).to_vec());
+            results.push(f.map(|f| u32::from(f.to_bits())).to_vec());
+            results
+        }
+    }
+
+    /// A sum of products.
+    #[derive(Clone, Copy)]
+    struct Sum<'a>(&'a [f32; LANES]);
+
+    impl Kernel for Sum<'_> {
+        type Output = f32;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> f32 {
+            let v = s.load(self.0);
+            s.sum(s.mul_add(v, v, v))
+        }
+    }
+
+    #[test]
+    fn instruction_sets_agree() {
+        let mut bits = 1u32;
+        for round in 0..4096u32 {
+            // Every byte; values of all magnitudes, half-way cases included.
+            let bytes = std::array::from_fn(|i| (round as u8).wrapping_mul(16).wrapping_add(i as u8));
+            // Finite 8-bit floats only: NaN has more than one pattern.
+            let bytes = bytes.map(|b: u8| if b & 0x7c == 0x7c { 0 } else { b });
+            let values: [f32; LANES] = std::array::from_fn(|i| {
+                bits = bits.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let value = f32::from_bits(if i % 2 == 0 { bits } else { bits & 0xffff_8000 });
+                if value.abs() < 1e37 { value } else { i as f32 }
+            });
+            let outputs = on_all(Exact { bytes: &bytes, values: &values });
+            for output in &outputs[1..] {
+                assert_eq!(*output, outputs[0], "{bytes:?} {values:?}");
+            }
+            let values = values.map(|v| v.abs() % 8.0);
+            let sums = on_all(Sum(&values));
+            for sum in &sums[1..] {
+                assert!((sum - sums[0]).abs() <= sums[0] * 32.0 * f32::EPSILON, "{sums:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_are_read_as_torch_reads_them() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        let all = Tensor::from_slice(&bytes);
+        for (kind, read) in [(Kind::Float8e4m3fn, portable::e4m3 as fn(u8) -> f32), (Kind::Float8e5m2, portable::e5m2)]
+        {
+            let expected = Vec::<f32>::try_from(all.view_dtype(kind).to_kind(Kind::Float)).unwrap();
+            for (byte, expected) in (0..=255).zip(expected) {
+                assert!(expected.is_nan() || read(byte).to_bits() == expected.to_bits(), "{byte}: {expected}");
+            }
+        }
+    }
 }

@@ -56,8 +56,6 @@ impl Neon {
 impl Simd for Neon {
     type V = V;
 
-    const WIDE: bool = false;
-
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
         #[target_feature(enable = "neon")]

@@ -29,8 +29,6 @@ pub(super) fn e5m2(byte: u8) -> f32 {
 impl Simd for Portable {
     type V = V;
 
-    const WIDE: bool = false;
-
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
         kernel.run(self)

@@ -11,8 +11,8 @@ use regex::Regex;
 ///
 /// PEFT sorts the patterns when it saves them, and thereby changes which one
 /// is the first. An adapter's patterns are therefore put in that order when it
-/// is made, and where the order matters they are replaced by one for each
-/// layer: see [`LayerPattern::settle`].
+/// is made, and where the order matters they are replaced by one, `^path`, for
+/// each layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerPattern<T>(Vec<(String, T)>);
 

@@ -1,0 +1,199 @@
+//! An adapted linear layer against its peers in Python: forward, and forward
+//! plus backward.
+//!
+//! `cargo xtask bench` (all sizes), `cargo xtask bench --bench linear -- --quick` (one size).
+//!
+//! Peers run in a process of their own; each round times every contestant
+//! once, one after the other, and a figure is the median of the rounds. Results
+//! go to stdout as a table and to `target/bench/linear.json`.
+
+#![allow(missing_docs)]
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor, nn};
+use tch_peft::{Base, Fp8Format, LoraConfig, LoraModel, QuantConfig};
+
+const RANK: i64 = 16;
+
+/// Layers in Python that train.
+const PEERS: [&str; 7] = [
+    "dense (mm)",
+    "dense (oneDNN)",
+    "PEFT dense",
+    "PEFT bnb nf4",
+    "PEFT bnb int8",
+    "PEFT quanto int8",
+    "PEFT quanto int4",
+];
+/// Layers in Python that can only be evaluated.
+const PACKED: [&str; 2] = ["bnb nf4 packed", "bnb int8 packed"];
+
+type Failure = Box<dyn std::error::Error>;
+
+struct Peer {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Peer {
+    fn start() -> Result<Self, Failure> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let python = std::env::var_os("TCH_PEFT_PYTHON").map_or(root.join("target/python/bin/python"), PathBuf::from);
+        let mut child = Command::new(&python)
+            .arg(root.join("benches/python/linear.py"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| format!("{}: {e}; run `cargo xtask setup --peers`", python.display()))?;
+        let (input, output) = (child.stdin.take().ok_or("no stdin")?, child.stdout.take().ok_or("no stdout")?);
+        Ok(Peer { child, input, output: BufReader::new(output) })
+    }
+
+    fn ask(&mut self, request: Value) -> Result<Value, Failure> {
+        writeln!(self.input, "{request}")?;
+        let mut line = String::new();
+        if self.output.read_line(&mut line)? == 0 {
+            return Err(format!("the peers died ({:?})", self.child.try_wait()?).into());
+        }
+        Ok(serde_json::from_str(&line)?)
+    }
+}
+
+/// One of ours: a linear layer with LoRA on a packed weight.
+struct Ours {
+    name: &'static str,
+    model: LoraModel<nn::Linear>,
+}
+
+impl Ours {
+    fn make(out: i64, inn: i64, kind: Kind) -> Result<Vec<Self>, Failure> {
+        let schemes = [
+            ("nf4", QuantConfig::nf4().build()?),
+            ("int8", QuantConfig::int8().build()?),
+            ("int4", QuantConfig::int4().build()?),
+            ("fp8", QuantConfig::fp8(Fp8Format::E4m3).build()?),
+        ];
+        let mut all = Vec::new();
+        for (name, config) in schemes {
+            let mut vs = nn::VarStore::new(Device::Cpu);
+            let linear = nn::LinearConfig { bias: false, ..Default::default() };
+            let layer = nn::linear(vs.root() / "layer", inn, out, linear);
+            match kind {
+                Kind::BFloat16 => vs.bfloat16(),
+                _ => vs.float(),
+            }
+            let base = Base::new(vs, layer).quantize(&config)?;
+            let lora = LoraConfig::builder().r(RANK).lora_alpha(2.0 * RANK as f64).target_modules(["layer"]).build()?;
+            all.push(Ours { name, model: LoraModel::wrap(base, lora)? });
+        }
+        Ok(all)
+    }
+
+    fn time(&self, x: &Tensor, g: &Tensor, step: bool, repeat: u32) -> Result<f64, Failure> {
+        let start = Instant::now();
+        for _ in 0..repeat {
+            if step {
+                (self.model.forward(x)? * g).sum(g.kind()).backward();
+            } else {
+                let _no_grad = tch::no_grad_guard();
+                self.model.forward(x)?;
+            }
+        }
+        let seconds = start.elapsed().as_secs_f64() / f64::from(repeat);
+        let mut x = x.shallow_clone();
+        x.zero_grad();
+        Ok(seconds)
+    }
+}
+
+/// Runs every contestant once in each round; the median of each, in seconds.
+fn rounds(
+    count: usize,
+    names: &[String],
+    mut run: impl FnMut(usize) -> Result<f64, Failure>,
+) -> Result<Vec<(String, f64)>, Failure> {
+    let mut times = vec![Vec::new(); names.len()];
+    for round in 0..=count {
+        for (i, times) in times.iter_mut().enumerate() {
+            // The other process's threads spin for a while before they sleep.
+            std::thread::sleep(Duration::from_millis(10));
+            let seconds = run(i)?;
+            if round > 0 {
+                times.push(seconds);
+            }
+        }
+    }
+    Ok(names
+        .iter()
+        .zip(times)
+        .map(|(name, mut times)| {
+            times.sort_by(f64::total_cmp);
+            (name.clone(), times[times.len() / 2])
+        })
+        .collect())
+}
+
+fn main() -> Result<(), Failure> {
+    let quick = std::env::args().any(|arg| arg == "--quick");
+    let sizes: &[(i64, i64)] = if quick { &[(2048, 2048)] } else { &[(2048, 2048), (4096, 4096), (11008, 4096)] };
+    let rows: &[i64] = if quick { &[1, 256] } else { &[1, 16, 256, 1024] };
+    let count = 7;
+    let mut peer = Peer::start()?;
+    peer.ask(json!({"threads": tch::get_num_threads()}))?;
+    let mut results = Vec::new();
+    for &(out, inn) in sizes {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let dtype = if kind == Kind::Float { "float32" } else { "bfloat16" };
+            let ours = Ours::make(out, inn, kind)?;
+            for &n in rows {
+                let x = Tensor::randn([n, inn], (Kind::Float, Device::Cpu)).to_kind(kind).set_requires_grad(true);
+                let g = Tensor::randn([n, out], (Kind::Float, Device::Cpu)).to_kind(kind);
+                let repeat: u32 = if n <= 16 { 8 } else { 1 };
+                let mut able = Vec::new();
+                for name in PEERS.iter().chain(&PACKED) {
+                    let request = json!({"make": name, "out": out, "in": inn, "rows": n, "dtype": dtype, "rank": RANK});
+                    let answer = peer.ask(request)?;
+                    match answer["ok"].as_bool() {
+                        Some(true) => able.push(name.to_string()),
+                        _ => println!("{name} can't do {out} x {inn} {dtype}: {}", answer["why"]),
+                    }
+                }
+                for what in ["step", "forward"] {
+                    let peers = able.iter().filter(|name| what == "forward" || !PACKED.contains(&name.as_str()));
+                    let names: Vec<String> =
+                        ours.iter().map(|ours| ours.name.to_string()).chain(peers.cloned()).collect();
+                    let found = rounds(count, &names, |i| match ours.get(i) {
+                        Some(ours) => ours.time(&x, &g, what == "step", repeat),
+                        None => {
+                            let answer = peer.ask(json!({"time": names[i], "what": what, "repeat": repeat}))?;
+                            answer["seconds"].as_f64().ok_or_else(|| format!("{}: {answer}", names[i]).into())
+                        }
+                    })?;
+                    println!("\n### {out} x {inn}, {n} rows, {dtype}, {what}\n\n| layer | ms |\n|---|---|");
+                    for (name, seconds) in &found {
+                        println!("| {name} | {:.3} |", seconds * 1e3);
+                        results.push(json!({
+                            "out": out, "in": inn, "rows": n, "dtype": dtype, "what": what,
+                            "layer": name, "milliseconds": seconds * 1e3,
+                        }));
+                    }
+                }
+                peer.ask(json!({"drop": true}))?;
+            }
+        }
+    }
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
+    std::fs::create_dir_all(&folder)?;
+    let file = folder.join("linear.json");
+    let report = json!({"threads": tch::get_num_threads(), "rounds": count, "results": results});
+    std::fs::write(&file, serde_json::to_string_pretty(&report)?)?;
+    println!("\n{}", file.display());
+    Ok(())
+}
