@@ -4,7 +4,7 @@ use std::path::Path;
 use tch::nn::{self, ModuleT};
 use tch::{Device, Kind, Tensor};
 use tch_peft::{
-    Adafactor, AdamW, AdamW8bit, Base, Checkpointable, Error, Lion, LoraConfig, LoraModel, Optimizer, Parts,
+    Adafactor, AdamW, AdamW8bit, Base, Checkpointable, Error, Fp8Format, Lion, LoraConfig, LoraModel, Optimizer, Parts,
     QuantConfig, Result, Run, RunBuilder, Sampler, Schedule, Sgd, Start, State, Stateful,
 };
 
@@ -75,6 +75,8 @@ fn quant(scheme: &str) -> QuantConfig {
         "nf4" => QuantConfig::nf4(),
         "nf4+dq" => QuantConfig::nf4().double_quant(true),
         "int8" => QuantConfig::int8(),
+        "int4" => QuantConfig::int4(),
+        "fp8" => QuantConfig::fp8(Fp8Format::E4m3),
         other => panic!("no scheme {other}"),
     };
     builder.build().unwrap()

@@ -12,7 +12,7 @@ fn every_kind_of_run_resumes_to_the_bit() {
     let dir = fresh_dir("faults-matrix");
     let plain = Setup { dropout: 0.0, average: false, ..Setup::default() };
     let mut runs = 0;
-    for scheme in ["nf4", "nf4+dq", "int8", "dense"] {
+    for scheme in ["nf4", "nf4+dq", "int8", "int4", "fp8", "dense"] {
         for wrap_first in [false, true] {
             for optimizer in OPTIMIZERS {
                 for (what, extra) in [

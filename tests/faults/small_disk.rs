@@ -48,6 +48,7 @@ fn a_full_disk_leaves_the_last_checkpoint_and_a_run_that_goes_on() {
         let mut file = fs::File::create(&ballast).unwrap();
         while file.write_all(&[1; 4096]).is_ok() {}
         file.set_len(file.metadata().unwrap().len() - 4096).unwrap();
+        drop(file);
         for step in [3, 4] {
             let error = toy.step().and_then(|_| toy.run.flush()).unwrap_err();
             let Error::NotSaved { step: failed, source } = &error else { panic!("{error}") };
