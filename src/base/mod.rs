@@ -98,7 +98,7 @@ impl<M> Base<M> {
     /// [`Base::quantize`] for a base that is wrapped already.
     pub(crate) fn quantize_in_place(&mut self, config: &QuantConfig) -> Result<()> {
         self.report = self.weights.quantize(config)?;
-        self.fingerprint = OnceLock::new();
+        self.has_changed();
         Ok(())
     }
 
@@ -106,6 +106,11 @@ impl<M> Base<M> {
     /// are no longer quantised.
     pub(crate) fn note_changes(&mut self, still: impl Fn(&str) -> bool) {
         self.report.retain(still);
+        self.fingerprint = OnceLock::new();
+    }
+
+    /// Weights were replaced: the identity must be taken anew.
+    pub(crate) fn has_changed(&mut self) {
         self.fingerprint = OnceLock::new();
     }
 

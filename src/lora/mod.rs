@@ -20,6 +20,6 @@ pub use config::{
 };
 pub use combine::{Combination, MajoritySign, Merge};
 pub(crate) use combine::{Part, combine, rank};
-pub(crate) use layer::{LayerForm, LayerSpec, LoraLayer, Switches};
+pub(crate) use layer::{Built, LayerForm, LayerSpec, LoftQ, LoraLayer, Switches};
 pub(crate) use replace::Replacement;
 pub(crate) use target::resolve;

@@ -92,7 +92,7 @@ impl<M> LoraModel<M> {
 
     /// A model with the first adapter that `build` makes.
     fn start(
-        base: Base<M>,
+        mut base: Base<M>,
         build: impl FnOnce(&Base<M>, &Arc<Switches>) -> Result<NamedAdapter>,
     ) -> Result<Self> {
         for weight in base.weights().iter() {
@@ -101,8 +101,14 @@ impl<M> LoraModel<M> {
             }
         }
         let switches = Arc::new(Switches::default());
-        let first = build(&base, &switches)?;
+        let mut first = build(&base, &switches)?;
         base.weights().freeze()?;
+        if !first.residuals.is_empty() {
+            for (site, residual) in first.residuals.drain(..) {
+                site.replace_frozen(residual);
+            }
+            base.has_changed();
+        }
         let active = vec![first.name.clone()];
         let mixed = Arc::new(AtomicBool::new(false));
         let model = LoraModel { base, first, others: Vec::new(), active, merged: Vec::new(), switches, mixed };
