@@ -128,7 +128,10 @@ fn main() {
     let (ours, theirs): (Vec<f64>, Vec<f64>) =
         (ours.into_iter().map(median).collect(), theirs.into_iter().map(median).collect());
     println!("{LAYERS} layers of {WIDTH}², {ROWS} rows, f32: ms per step");
-    println!("{:8}  {:>9}  {:>9}  {:>11}  {:>9}  {:>12}", "", "tch-peft", "PEFT", "PEFT / ours", "of LoRA's", "PEFT's of it");
+    println!(
+        "{:8}  {:>9}  {:>9}  {:>11}  {:>9}  {:>12}",
+        "", "tch-peft", "PEFT", "PEFT / ours", "of LoRA's", "PEFT's of it"
+    );
     for (i, case) in CASES.iter().enumerate() {
         let (a, b) = (ours[i] * 1e3, theirs[i] * 1e3);
         let of = |all: &[f64]| all[i] / all[1];

@@ -78,12 +78,12 @@ pub use error::{Error, Result};
 pub use ffi::runtime::cuda_status;
 pub use format::LoadReport;
 pub use lora::{
-    Bias, Combination, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, MajoritySign, Merge,
-    OneOrMany, TargetModules, TokenIndices,
+    Bias, Combination, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, MajoritySign,
+    Merge, OneOrMany, TargetModules, TokenIndices,
 };
 pub use model::{
-    BASE_ROW, DisabledAdapters, ForwardModule, LayerStatus, LoraModel, MergeOptions, MergeReport, MergedLayer, MixedBatch,
-    ModelStatus, NamedParameter, Summary,
+    BASE_ROW, DisabledAdapters, ForwardModule, LayerStatus, LoraModel, MergeOptions, MergeReport, MergedLayer,
+    MixedBatch, ModelStatus, NamedParameter, Summary,
 };
 pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
 pub use train::{

@@ -8,8 +8,8 @@ mod torchscript;
 mod weights;
 
 pub use fingerprint::{Fingerprint, WeightPrint};
-pub use report::{QuantizationReport, QuantizedWeight};
 pub(crate) use mixed::MixedRows;
+pub use report::{QuantizationReport, QuantizedWeight};
 pub(crate) use site::{Adapter, Adapters, Site};
 pub use torchscript::TorchScript;
 pub use weights::WeightRole;

@@ -274,7 +274,8 @@ mod tests {
     #[test]
     fn ties_elects_signs() {
         let tensor = |values: &[f32]| Tensor::from_slice(values);
-        let all = || vec![(tensor(&[1., -3., 0.5]), 1.0), (tensor(&[2., 1., -0.5]), 1.0), (tensor(&[-1., 1., 0.]), 1.0)];
+        let all =
+            || vec![(tensor(&[1., -3., 0.5]), 1.0), (tensor(&[2., 1., -0.5]), 1.0), (tensor(&[-1., 1., 0.]), 1.0)];
         let found = |sign| {
             let sum = Merge::Ties { density: 1.0, sign }.sum(all()).unwrap();
             Vec::<f32>::try_from(sum).unwrap()

@@ -23,9 +23,8 @@ pub(super) struct Factors {
 
 impl Factors {
     pub(super) fn new(start: Start, spec: &LayerSpec, switches: Arc<Switches>) -> Result<Self> {
-        let trainable = |tensor: Tensor| -> Result<SharedTensor> {
-            Ok(SharedTensor::new(tensor.f_set_requires_grad(true)?))
-        };
+        let trainable =
+            |tensor: Tensor| -> Result<SharedTensor> { Ok(SharedTensor::new(tensor.f_set_requires_grad(true)?)) };
         Ok(Factors {
             a: trainable(start.a)?,
             b: trainable(start.b)?,

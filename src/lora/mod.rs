@@ -13,13 +13,13 @@ mod linear;
 mod replace;
 mod target;
 
+pub use combine::{Combination, MajoritySign, Merge};
+pub(crate) use combine::{Part, combine, rank};
 pub(crate) use config::FOREIGN;
 pub use config::{
     Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
     TokenIndices,
 };
-pub use combine::{Combination, MajoritySign, Merge};
-pub(crate) use combine::{Part, combine, rank};
 pub(crate) use layer::{Built, LayerForm, LayerSpec, LoftQ, LoraLayer, Switches};
 pub(crate) use replace::Replacement;
 pub(crate) use target::resolve;

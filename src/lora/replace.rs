@@ -55,13 +55,9 @@ impl Adapter for Replacement {
                 let weight = if transposed { value.f_tr()? } else { value };
                 Ok(x.f_linear(&weight, bias)?)
             }
-            Operator::Embedding { indices, form } => Ok(Tensor::f_embedding(
-                &value,
-                indices,
-                form.padding_idx,
-                form.scale_grad_by_freq,
-                form.sparse,
-            )?),
+            Operator::Embedding { indices, form } => {
+                Ok(Tensor::f_embedding(&value, indices, form.padding_idx, form.scale_grad_by_freq, form.sparse)?)
+            }
             Operator::Convolution { x, bias, form } => convolve(x, &value, bias, form),
         }
     }

@@ -166,7 +166,8 @@ fn read<M>(name: &str, base: &Base<M>, folder: &Path, switches: &Arc<Switches>) 
     // The values are loaded over the initial ones: any will do, and PEFT's
     // `false` alone would cost a second draw. But what an initialisation took
     // out of the base must be taken out again.
-    let init = if config.init_lora_weights.changes_base() { config.init_lora_weights } else { InitLoraWeights::Default };
+    let init =
+        if config.init_lora_weights.changes_base() { config.init_lora_weights } else { InitLoraWeights::Default };
     let mut adapter = NamedAdapter::build(name, base, config, init, switches)?;
     let parameters = adapter.tensors();
     check_tensors(&parameters, &path, &tensors)?;

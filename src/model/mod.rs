@@ -91,10 +91,7 @@ impl<M> LoraModel<M> {
     }
 
     /// A model with the first adapter that `build` makes.
-    fn start(
-        mut base: Base<M>,
-        build: impl FnOnce(&Base<M>, &Arc<Switches>) -> Result<NamedAdapter>,
-    ) -> Result<Self> {
+    fn start(mut base: Base<M>, build: impl FnOnce(&Base<M>, &Arc<Switches>) -> Result<NamedAdapter>) -> Result<Self> {
         for weight in base.weights().iter() {
             if weight.site().is_some_and(|site| site.is_adapted()) {
                 return Err(Error::AlreadyAdapted { name: weight.name.clone() });

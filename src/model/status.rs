@@ -54,7 +54,8 @@ pub struct ModelStatus {
 impl<M> LoraModel<M> {
     /// The adapters of every adapted weight, sorted by name.
     pub fn layer_status(&self) -> Vec<LayerStatus> {
-        let mut sites: Vec<&Arc<Site>> = self.all().flat_map(|a| a.sites().map(|(site, _)| site).collect::<Vec<_>>()).collect();
+        let mut sites: Vec<&Arc<Site>> =
+            self.all().flat_map(|a| a.sites().map(|(site, _)| site).collect::<Vec<_>>()).collect();
         sites.sort_by(|a, b| a.name().cmp(b.name()));
         sites.dedup_by(|a, b| Arc::ptr_eq(a, b));
         let enabled = self.switches.enabled.load(Ordering::Relaxed);

@@ -47,9 +47,18 @@ impl<M> LoraModel<M> {
         for (adapter, weight) in &sources {
             for layer in &adapter.layers {
                 let scaling = layer.lora.scaling();
-                let tensors: Vec<Tensor> = layer.lora.tensors().into_iter().map(|(_, tensor)| tensor.f_detach()).collect::<std::result::Result<_, _>>()?;
+                let tensors: Vec<Tensor> = layer
+                    .lora
+                    .tensors()
+                    .into_iter()
+                    .map(|(_, tensor)| tensor.f_detach())
+                    .collect::<std::result::Result<_, _>>()?;
                 let [a, b]: [Tensor; 2] = tensors.try_into().map_err(|_| {
-                    Error::config("adapters", "layers with A and B alone", format!("{} of {}", layer.path, adapter.name))
+                    Error::config(
+                        "adapters",
+                        "layers with A and B alone",
+                        format!("{} of {}", layer.path, adapter.name),
+                    )
                 })?;
                 if a.size().get(1..).is_some_and(|rest| rest.len() > 1) && a.size().first() != b.size().get(1) {
                     let found = format!("{} of {}", layer.path, adapter.name);
@@ -90,7 +99,11 @@ fn check_source(adapter: &NamedAdapter) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::config("adapters", "plain LoRA, of which there is a weighted sum", format!("{found} in {}", adapter.name)))
+    Err(Error::config(
+        "adapters",
+        "plain LoRA, of which there is a weighted sum",
+        format!("{found} in {}", adapter.name),
+    ))
 }
 
 /// Scale 1 and these ranks on these layers, in the rest as `first`.

@@ -10,11 +10,19 @@ use crate::ffi::autograd::{self, Backward};
 use crate::ffi::runtime::autocast_kind;
 use tch::{Kind, Tensor};
 
+/// A dense weight as the matrix that products see.
+fn dense_matrix(weight: &dyn PackedWeight) -> Result<Option<Tensor>> {
+    match weight.as_dense() {
+        Some(dense) if dense.dim() != 2 => Ok(Some(dense.f_view(weight.shape())?)),
+        dense => Ok(dense),
+    }
+}
+
 /// x · Wᵀ (+ bias): x (n, in), result (n, out), in the dtype of x.
 pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (kind, [out, inn]) = (x.f_kind()?, weight.shape());
     let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
-    if let Some(dense) = weight.as_dense() {
+    if let Some(dense) = dense_matrix(weight)? {
         return Ok(x.f_linear(&dense.f_to_kind(kind)?, bias.as_ref())?);
     }
     let mut y = Tensor::f_empty([x.size2()?.0, out], (kind, x.device()))?;
@@ -34,7 +42,7 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
 /// g · W: g (n, out), result (n, in), in the dtype of g.
 pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Result<Tensor> {
     let (kind, [out, inn]) = (g.f_kind()?, weight.shape());
-    if let Some(dense) = weight.as_dense() {
+    if let Some(dense) = dense_matrix(weight)? {
         return Ok(g.f_mm(&dense.f_to_kind(kind)?)?);
     }
     let mut dx = Tensor::f_empty([g.size2()?.0, inn], (kind, g.device()))?;
@@ -144,11 +152,7 @@ impl Backward for FrozenLinear {
     fn backward(&self, grad: &Tensor, _: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let grad = gradient_rows(grad, self.map.out())?;
         let mut grads = Vec::with_capacity(needed.len());
-        let dx = if needed.first() == Some(&true) {
-            Some(self.x.shaped(&self.map.adjoint(&grad)?)?)
-        } else {
-            None
-        };
+        let dx = if needed.first() == Some(&true) { Some(self.x.shaped(&self.map.adjoint(&grad)?)?) } else { None };
         grads.push(dx);
         if let Some(kind) = self.bias_kind {
             let wanted = needed.get(1) == Some(&true);

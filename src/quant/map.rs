@@ -1,7 +1,7 @@
 //! A frozen weight as a linear map of rows, in either direction.
 
-use super::{PackedWeight, tiles};
 use super::linear::{product, product_transposed};
+use super::{PackedWeight, tiles};
 use crate::error::Result;
 use std::sync::Arc;
 use tch::{Kind, Tensor};

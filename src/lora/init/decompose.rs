@@ -82,7 +82,8 @@ fn principal(w: &Tensor, r: i64) -> Result<Singular> {
 /// an adapter finds the same residual again.
 fn randomised(w: &Tensor, r: i64, n: u32) -> Result<Singular> {
     let orthonormal = |t: &Tensor| -> Result<Tensor> { Ok(Tensor::f_linalg_qr(t, "reduced")?.0) };
-    let mut q = orthonormal(&w.f_mm(&fixed_normal([w.size()[1], r])?.f_to_kind(w.f_kind()?)?.f_to_device(w.device())?)?)?;
+    let mut q =
+        orthonormal(&w.f_mm(&fixed_normal([w.size()[1], r])?.f_to_kind(w.f_kind()?)?.f_to_device(w.device())?)?)?;
     for _ in 0..n {
         let p = orthonormal(&w.f_tr()?.f_mm(&q)?)?;
         q = orthonormal(&w.f_mm(&p)?)?;
@@ -197,7 +198,8 @@ mod tests {
 
     #[test]
     fn a_randomised_decomposition_is_found_again_and_near_the_exact_one() {
-        let w = Tensor::randn([64, 4], (Kind::Float, Device::Cpu)).mm(&Tensor::randn([4, 48], (Kind::Float, Device::Cpu)));
+        let w =
+            Tensor::randn([64, 4], (Kind::Float, Device::Cpu)).mm(&Tensor::randn([4, 48], (Kind::Float, Device::Cpu)));
         let noise = Tensor::randn([64, 48], (Kind::Float, Device::Cpu)) * 0.01;
         let w = w + noise;
         let part = |init| {
@@ -224,7 +226,12 @@ mod tests {
 
     #[test]
     fn orthogonal_factors_cancel() {
-        let start = start(&spec(InitLoraWeights::Orthogonal, 8), &dense(&Tensor::randn([32, 64], (Kind::Float, Device::Cpu))), false, Kind::Float);
+        let start = start(
+            &spec(InitLoraWeights::Orthogonal, 8),
+            &dense(&Tensor::randn([32, 64], (Kind::Float, Device::Cpu))),
+            false,
+            Kind::Float,
+        );
         let start = start.unwrap();
         assert_eq!((start.a.size(), start.b.size()), (vec![8, 64], vec![32, 8]));
         assert!(f64::try_from(start.b.mm(&start.a).abs().max()).unwrap() < 1e-6);

@@ -94,7 +94,17 @@ mod tests {
 
     fn drawn(init: InitLoraWeights, [out, inn]: [i64; 2]) -> (Tensor, Tensor) {
         let form = LayerForm::Linear { fan_in_fan_out: false };
-        let spec = LayerSpec { form, r: 16, scaling: 1.0, dropout: 0.0, lora_bias: false, use_dora: false, init, loftq: LoftQ::default(), kind: None };
+        let spec = LayerSpec {
+            form,
+            r: 16,
+            scaling: 1.0,
+            dropout: 0.0,
+            lora_bias: false,
+            use_dora: false,
+            init,
+            loftq: LoftQ::default(),
+            kind: None,
+        };
         let sizes = spec.factor_sizes(&[out, inn]).unwrap();
         let (a, b, _) = draw(&spec, sizes, (Kind::Float, Device::Cpu)).unwrap();
         (a, b)
