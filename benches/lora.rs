@@ -18,8 +18,8 @@ use tch_peft::{Base, LoraConfig, LoraModel};
 const LAYERS: usize = 64;
 const WIDTH: i64 = 256;
 const ROWS: i64 = 64;
-const ROUNDS: usize = 15;
-const STEPS: usize = 10;
+const ROUNDS: usize = 7;
+const STEPS: usize = 5;
 const CASES: [&str; 4] = ["base", "lora", "dropout", "dora"];
 
 /// PEFT, answering one line per command.

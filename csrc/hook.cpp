@@ -285,6 +285,15 @@ char* tp_attach(tp_tensor weight, const tp_site_calls* calls, void* rust) {
   });
 }
 
+// The weight becomes what `dense` is, on its storage, and its site is dropped.
+char* tp_release(tp_tensor weight, tp_tensor dense) {
+  return guarded([&] {
+    TORCH_CHECK(site_of(*weight) && !site_of(*dense), "only an adapted weight can become a plain one");
+    at::NoGradGuard no_grad;
+    weight->unsafeGetTensorImpl()->shallow_copy_from(dense->detach().getIntrusivePtr());
+  });
+}
+
 // NULL unless the weight owns a site with these calls.
 void* tp_site_of(tp_tensor weight, const tp_site_calls* calls) {
   auto site = site_of(*weight);

@@ -112,5 +112,10 @@ char* tp_module_types(void* module, void* sink, void (*visit)(void* sink, const 
 char* tp_module_buffers(void* module, void* sink, void (*visit)(void* sink, const char* path, tp_tensor tensor));
 char* tp_module_set_training(void* module, bool on);
 void tp_trim_heap();
+
+char* tp_parallel_for(size_t n, void* context, bool (*call)(void* context, size_t begin, size_t end, std::string* error));
+bool tp_has_onednn();
+char* tp_onednn_linear(tp_tensor x, tp_tensor w, tp_tensor* out);
+
 const char* tp_cuda_status();
 }

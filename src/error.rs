@@ -89,9 +89,9 @@ pub enum Error {
         found: String,
     },
 
-    /// An adapter file lacks tensors or has ones that have no place in the model.
+    /// A file lacks tensors or has ones that have no place in the model.
     #[error(
-        "{path}: missing keys: [{}]; unexpected keys: [{}]; the adapter was made for another model or \
+        "{path}: missing keys: [{}]; unexpected keys: [{}]; the file was made for another model or \
          another configuration",
         missing.join(", "),
         unexpected.join(", ")

@@ -70,7 +70,10 @@ mod names;
 pub mod quant;
 mod train;
 
-pub use base::{Base, Fingerprint, QuantizationReport, QuantizedWeight, TorchScript, WeightPrint, WeightRole};
+pub use base::{
+    Base, Fingerprint, Progress, QuantizationReport, QuantizeOptions, QuantizedWeight, TorchScript, WeightPrint,
+    WeightRole,
+};
 pub use checkpoint::{
     Best, Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport,
 };
@@ -85,7 +88,7 @@ pub use model::{
     BASE_ROW, DisabledAdapters, ForwardModule, LayerStatus, LoraModel, MergeOptions, MergeReport, MergedLayer,
     MixedBatch, ModelStatus, NamedParameter, Summary,
 };
-pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
+pub use quant::{Fp8Format, QuantConfig, QuantConfigBuilder, QuantRule, Scheme, Treatment};
 pub use train::{
     Adafactor, AdafactorRule, AdamW, AdamW8bit, AdamW8bitRule, AdamWBuilder, AdamWRule, GroupedOptimizer, Lion,
     LionRule, Optimizer, OptimizerBuilder, OptimizerState, ParameterGroup, RngState, Sampler, SamplerState, Schedule,

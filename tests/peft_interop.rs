@@ -2,78 +2,21 @@
 //! in PyTorch (tests/python/mirror.py), and for a TorchScript export of a tiny `transformers` Llama.
 
 mod common;
+mod twin;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use common::{assert_close, assert_differs, assert_same, bits, peer, python, read, rng};
-use tch::nn::{self, Module};
-use tch::{Device, Kind, Tensor};
+use tch::nn::Module;
+use tch::{Kind, Tensor};
 use tch_peft::{
     AdamW, Base, Error, InitLoraWeights, LoraConfig, LoraModel, NamedParameter, Optimizer, TargetModules, TorchScript,
 };
+use twin::{LAYERS, Net};
 
 /// f32, relative to the norm.
 const TOLERANCE: f64 = 1e-5;
-
-const VOCABULARY: i64 = 23;
-const WIDTH: i64 = 16;
-const HIDDEN: i64 = 24;
-const LAYERS: usize = 2;
-
-#[derive(Debug)]
-struct Block {
-    norm: nn::LayerNorm,
-    q_proj: nn::Linear,
-    v_proj: nn::Linear,
-    fc: nn::Linear,
-}
-
-/// The twin of `Net` in mirror.py.
-#[derive(Debug)]
-struct Net {
-    embed: nn::Embedding,
-    h: Vec<Block>,
-    head: nn::Linear,
-}
-
-impl Net {
-    fn new(vs: &nn::Path) -> Self {
-        let no_bias = nn::LinearConfig { bias: false, ..Default::default() };
-        let block = |p: nn::Path| Block {
-            norm: nn::layer_norm(&p / "norm", vec![WIDTH], Default::default()),
-            q_proj: nn::linear(&p / "q_proj", WIDTH, HIDDEN, Default::default()),
-            v_proj: nn::linear(&p / "v_proj", WIDTH, HIDDEN, no_bias),
-            fc: nn::linear(&p / "fc", HIDDEN, WIDTH, Default::default()),
-        };
-        Net {
-            embed: nn::embedding(vs / "embed", VOCABULARY, WIDTH, Default::default()),
-            h: (0..LAYERS).map(|i| block(vs / "h" / i)).collect(),
-            head: nn::linear(vs / "head", WIDTH, VOCABULARY, no_bias),
-        }
-    }
-
-    /// With the weights of the PyTorch twin.
-    fn load(dir: &Path) -> Base<Net> {
-        let mut vs = nn::VarStore::new(Device::Cpu);
-        let net = Net::new(&vs.root());
-        vs.load(dir.join("net.safetensors")).unwrap();
-        Base::new(vs, net)
-    }
-}
-
-impl Module for Net {
-    fn forward(&self, ids: &Tensor) -> Tensor {
-        let mut x = ids.apply(&self.embed);
-        for block in &self.h {
-            let h = x.apply(&block.norm);
-            let gated = h.apply(&block.q_proj).gelu("none") * h.apply(&block.v_proj);
-            // Not in place: the norm's backward needs what x was.
-            x = &x + gated.apply(&block.fc);
-        }
-        x.apply(&self.head)
-    }
-}
 
 /// What PEFT made: written once by the first test that asks.
 fn fixtures() -> Option<&'static Path> {
@@ -287,8 +230,7 @@ fn five_steps_with_dropout_equal_pefts() {
 #[test]
 fn features_that_are_not_had_are_refused_by_name() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
-    let cases =
-        [("dora", "use_dora"), ("lora_bias", "lora_bias"), ("bias", "bias"), ("modules_to_save", "modules_to_save")];
+    let cases = [("dora", "use_dora")];
     for (case, field) in cases {
         let folder = dir.join("other_features").join(case);
         let loaded = LoraModel::from_pretrained(Net::load(dir), &folder);
@@ -301,13 +243,21 @@ fn features_that_are_not_had_are_refused_by_name() {
     }
 }
 
-/// Ranks, scales and layers that differ from layer to layer.
+/// Ranks, scales and layers that differ from layer to layer; biases and full copies.
 #[test]
-fn adapters_with_patterns_and_filters_answer_as_in_peft() {
+fn adapters_with_patterns_filters_and_copies_answer_as_in_peft() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
     let expected = read(dir.join("net_outputs.safetensors"));
     let plain = &expected["base"];
-    for (case, layers) in [("rank_pattern", 2), ("exclude_modules", 1), ("layers_to_transform", 1)] {
+    let cases = [
+        ("rank_pattern", 2),
+        ("exclude_modules", 1),
+        ("layers_to_transform", 1),
+        ("lora_bias", 2),
+        ("bias", 2),
+        ("modules_to_save", 2),
+    ];
+    for (case, layers) in cases {
         let model = LoraModel::from_pretrained(Net::load(dir), dir.join("other_features").join(case)).unwrap();
         assert_eq!(model.layers().len(), layers, "{case}: {:?}", model.layers());
         let found = model.forward(&expected["ids"]).unwrap();

@@ -2,7 +2,7 @@
 
 use super::weights::{Weight, Weights, dtype_name};
 use crate::error::Result;
-use crate::ffi::bytes::tensor_bytes;
+use crate::ffi::bytes::TensorBytes;
 use crate::quant::Scheme;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -76,14 +76,14 @@ fn print_of(weight: &Weight) -> Result<WeightPrint> {
     let (shape, kind, scheme) = match &frozen {
         Some(packed) if packed.scheme().is_some() => {
             for (name, tensor) in packed.tensors()? {
-                hasher.update(name.as_bytes()).update_rayon(&tensor_bytes(&tensor)?);
+                hasher.update(name.as_bytes()).update_rayon(TensorBytes::of(&tensor)?.as_slice());
             }
             (packed.sizes().to_vec(), packed.kind(), packed.scheme())
         }
         other => {
             let dense = other.as_ref().and_then(|dense| dense.as_dense());
             let dense = dense.as_ref().unwrap_or(&weight.tensor);
-            hasher.update_rayon(&tensor_bytes(dense)?);
+            hasher.update_rayon(TensorBytes::of(dense)?.as_slice());
             (dense.size(), dense.f_kind()?, None)
         }
     };
@@ -110,7 +110,7 @@ mod tests {
         let recorded = Fingerprint {
             weights: vec![print("a", None, "1"), print("b", None, "1"), print("c", Some(Scheme::Int8), "1")],
         };
-        let nf4 = Scheme::Nf4 { double_quant: false };
+        let nf4 = Scheme::NF4;
         let found =
             Fingerprint { weights: vec![print("b", None, "2"), print("c", Some(nf4), "1"), print("d", None, "1")] };
         assert_eq!(

@@ -1,7 +1,9 @@
 //! Floor 2: a base model, its named weights, quantising them, its fingerprint.
 
+mod disk;
 mod fingerprint;
 mod mixed;
+mod options;
 mod report;
 mod site;
 mod torchscript;
@@ -9,6 +11,7 @@ mod weights;
 
 pub use fingerprint::{Fingerprint, WeightPrint};
 pub(crate) use mixed::MixedRows;
+pub use options::{Progress, QuantizeOptions};
 pub use report::{QuantizationReport, QuantizedWeight};
 pub(crate) use site::{Adapter, Adapters, Site};
 pub use torchscript::TorchScript;
@@ -80,24 +83,34 @@ impl<M> Base<M> {
         self
     }
 
-    /// Packs the linear weights that `config` doesn't skip, one at a time; the
-    /// dense storage of each is freed before the next is read, so the peak is
-    /// one dense weight over the result. Biases, norms and embeddings stay.
+    /// Packs the weights that `config` chooses, one at a time; the dense storage
+    /// of each is freed before the next is read, so the peak is one dense weight
+    /// over the result. Biases and norms stay, and embeddings and convolutions
+    /// unless `config` asks for them.
     ///
     /// # Errors
-    /// [`Error::NoTarget`](crate::Error::NoTarget) for a skip entry that
-    /// matches nothing or a base without linear weights,
+    /// [`Error::NoTarget`](crate::Error::NoTarget) for a pattern that matches
+    /// nothing or a base without weights to quantise,
     /// [`Error::AlreadyQuantized`](crate::Error::AlreadyQuantized),
     /// [`Error::NotFinite`](crate::Error::NotFinite). All are found before the
     /// first weight is touched.
-    pub fn quantize(mut self, config: &QuantConfig) -> Result<Self> {
-        self.quantize_in_place(config)?;
+    pub fn quantize(self, config: &QuantConfig) -> Result<Self> {
+        self.quantize_with(config, QuantizeOptions::new())
+    }
+
+    /// [`Base::quantize`] on a device of one's choice, and with progress.
+    ///
+    /// # Errors
+    /// As [`Base::quantize`].
+    pub fn quantize_with(mut self, config: &QuantConfig, mut options: QuantizeOptions<'_>) -> Result<Self> {
+        self.report = self.weights.quantize(config, &mut options)?;
+        self.fingerprint = OnceLock::new();
         Ok(self)
     }
 
     /// [`Base::quantize`] for a base that is wrapped already.
     pub(crate) fn quantize_in_place(&mut self, config: &QuantConfig) -> Result<()> {
-        self.report = self.weights.quantize(config)?;
+        self.report = self.weights.quantize(config, &mut QuantizeOptions::new())?;
         self.has_changed();
         Ok(())
     }
@@ -112,6 +125,58 @@ impl<M> Base<M> {
     /// Weights were replaced: the identity must be taken anew.
     pub(crate) fn has_changed(&mut self) {
         self.fingerprint = OnceLock::new();
+    }
+
+    /// Writes the base, packed as it is: `model.safetensors`, or shards of up to
+    /// 5 GB, with `model.safetensors.index.json`, which records each packed
+    /// weight's scheme. Adapters are not written.
+    ///
+    /// The layouts are those of the Python libraries: bitsandbytes' for `nf4`,
+    /// `fp4` and `llm_int8`, optimum-quanto's, with its `quantization_map.json`,
+    /// for `int8`, `int4`, `int2` and `fp8`. A folder with the model's
+    /// `config.json` in it loads in `transformers`.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io); [`Error::Config`](crate::Error::Config)
+    /// for a folder that holds another model, or a dtype that safetensors
+    /// doesn't have.
+    pub fn save_quantized(&self, folder: impl AsRef<Path>) -> Result<()> {
+        self.save_quantized_sharded(folder, disk::SHARD_BYTES)
+    }
+
+    /// As [`Base::save_quantized`], in shards of at most `shard_bytes`, or of
+    /// one tensor that is larger.
+    ///
+    /// # Errors
+    /// As [`Base::save_quantized`].
+    pub fn save_quantized_sharded(&self, folder: impl AsRef<Path>, shard_bytes: usize) -> Result<()> {
+        disk::save(&self.weights, folder.as_ref(), shard_bytes)
+    }
+
+    /// Loads the weights of a quantised model over those of the module, packed
+    /// as they are in the files: from a folder that
+    /// [`save_quantized`](Base::save_quantized) wrote, or that bitsandbytes
+    /// (through `transformers`), optimum-quanto, GPTQ or AWQ did, or from one
+    /// safetensors file.
+    ///
+    /// Files are mapped into memory and each weight is read once, and the dense
+    /// weight that it replaces is freed before the next is read. Weights that
+    /// the files hold dense are copied, to the module's dtype. A packed weight
+    /// keeps the dtype that the file says; bitsandbytes' 8-bit layout has none,
+    /// and takes the module's.
+    ///
+    /// # Errors
+    /// [`Error::Keys`](crate::Error::Keys) unless the files have all of the
+    /// module's weights and no others; [`Error::Mismatch`](crate::Error::Mismatch)
+    /// for a shape or dtype; [`Error::NotFinite`](crate::Error::NotFinite),
+    /// [`Error::Corrupt`](crate::Error::Corrupt), [`Error::Io`](crate::Error::Io);
+    /// [`Error::AlreadyQuantized`](crate::Error::AlreadyQuantized) and
+    /// [`Error::AlreadyAdapted`](crate::Error::AlreadyAdapted). The module's
+    /// weights are undefined afterwards.
+    pub fn load_quantized(mut self, path: impl AsRef<Path>) -> Result<Self> {
+        self.report = disk::load(&self.weights, path.as_ref())?;
+        self.has_changed();
+        Ok(self)
     }
 
     /// What was quantised, with bytes before and after.

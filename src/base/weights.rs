@@ -1,10 +1,10 @@
 //! The named weights of a base.
 
-use super::{QuantizationReport, QuantizedWeight, Site};
+use super::{Progress, QuantizationReport, QuantizeOptions, QuantizedWeight, Site};
 use crate::error::{Error, Result};
 use crate::ffi::{bytes::element_size, hook, runtime::trim_heap};
 use crate::names;
-use crate::quant::{self, Dense, QuantConfig};
+use crate::quant::{self, Dense, QuantConfig, Scheme};
 use std::sync::Arc;
 use tch::{Kind, Tensor, nn};
 
@@ -119,12 +119,17 @@ impl Weights {
         Ok(())
     }
 
-    /// Packs the linear weights that aren't skipped; see `Base::quantize`.
-    pub(crate) fn quantize(&self, config: &QuantConfig) -> Result<QuantizationReport> {
+    /// Packs the weights that `config` means; see `Base::quantize`.
+    pub(crate) fn quantize(
+        &self,
+        config: &QuantConfig,
+        options: &mut QuantizeOptions<'_>,
+    ) -> Result<QuantizationReport> {
         let chosen = self.to_quantize(config)?;
         self.freeze()?;
         let mut report = QuantizationReport::default();
-        for weight in chosen {
+        let total = chosen.len();
+        for (at, (weight, scheme)) in chosen.into_iter().enumerate() {
             // A tied weight was packed under its first name.
             if weight.site().is_some_and(|site| site.frozen().scheme().is_some()) {
                 continue;
@@ -132,15 +137,18 @@ impl Weights {
             let site = weight.site_or_attach()?;
             let dense = site.frozen();
             let Some(values) = dense.as_dense() else { continue };
-            let packed = quant::pack(&values, config.scheme())?;
+            let packed = quant::pack_on(&weight.name, &values, scheme, options.device)?;
             report.push(QuantizedWeight {
                 name: weight.name.clone(),
                 shape: packed.sizes().to_vec(),
-                scheme: config.scheme(),
+                scheme,
                 bytes_before: dense.sizes().iter().product::<i64>() as usize * element_size(dense.kind()),
                 bytes_after: packed.nbytes()?,
             });
             site.replace_frozen(packed);
+            if let (Some(progress), Some(weight)) = (&mut options.progress, report.weights().last()) {
+                progress(Progress { weight, done: at + 1, total });
+            }
         }
         trim_heap();
         tracing::info!(
@@ -153,27 +161,35 @@ impl Weights {
         Ok(report)
     }
 
-    /// The weights that `config` means, all found fit before one is touched.
-    fn to_quantize(&self, config: &QuantConfig) -> Result<Vec<&Weight>> {
-        let paths: Vec<&str> = self.linears().map(|(path, _)| path).collect();
-        for entry in config.skip() {
-            if !paths.iter().any(|path| names::suffix_matches(path, entry)) {
-                return Err(Error::NoTarget { target: entry.clone(), near: names::near(entry, paths) });
+    /// The weights that `config` means with their schemes, all found fit before
+    /// one is touched.
+    fn to_quantize(&self, config: &QuantConfig) -> Result<Vec<(&Weight, Scheme)>> {
+        let paths: Vec<&str> = self.layers().map(|(path, _)| path).collect();
+        for pattern in config.patterns() {
+            if !paths.iter().any(|path| quant::matches(pattern, path)) {
+                return Err(Error::NoTarget { target: pattern.into(), near: names::near(pattern, paths) });
             }
         }
-        let chosen: Vec<&Weight> = self.linears().filter(|(path, _)| !config.skips(path)).map(|(_, w)| w).collect();
+        let by_default = |role| match role {
+            WeightRole::Linear | WeightRole::Conv1D => true,
+            WeightRole::Embedding => config.embeddings(),
+            WeightRole::Conv { .. } => config.convolutions(),
+            WeightRole::Other => false,
+        };
+        let chosen: Vec<(&Weight, Scheme)> =
+            self.layers().filter_map(|(path, w)| Some((w, config.choose(path, by_default(w.role))?))).collect();
         if chosen.is_empty() {
-            return Err(Error::NoTarget { target: "linear weights to quantise".into(), near: vec![] });
+            return Err(Error::NoTarget { target: "weights to quantise".into(), near: vec![] });
         }
-        for weight in &chosen {
+        for (weight, scheme) in &chosen {
             let frozen = weight.site().map(|site| site.frozen());
             if let Some(scheme) = frozen.as_ref().and_then(|f| f.scheme()) {
                 let (name, scheme) = (weight.name.clone(), scheme.to_string());
                 return Err(Error::AlreadyQuantized { name, scheme });
             }
             match frozen.and_then(|f| f.as_dense()) {
-                Some(dense) => quant::check(&weight.name, &dense)?,
-                None => quant::check(&weight.name, &weight.tensor)?,
+                Some(dense) => quant::check(&weight.name, &dense, *scheme)?,
+                None => quant::check(&weight.name, &weight.tensor, *scheme)?,
             }
         }
         Ok(chosen)

@@ -1,7 +1,6 @@
 //! The list of a checkpoint's files, with size and hash of each.
 
 use super::layout::{self, MANIFEST};
-use super::snapshot::Snapshot;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -45,9 +44,8 @@ struct Head {
 }
 
 impl Manifest {
-    pub(super) fn new(snapshot: &Snapshot) -> Self {
-        let files = snapshot.files.iter().map(|(name, bytes)| (name.clone(), FileEntry::of(bytes))).collect();
-        Manifest { format: FORMAT.into(), version: VERSION, step: snapshot.step, metric: snapshot.metric, files }
+    pub(super) fn new(step: u64, metric: Option<f64>, files: BTreeMap<String, FileEntry>) -> Self {
+        Manifest { format: FORMAT.into(), version: VERSION, step, metric, files }
     }
 
     /// The file's text: JSON, with a hash of all that stands before it as the
@@ -95,7 +93,7 @@ fn seal(body: &[u8]) -> Vec<u8> {
 }
 
 impl FileEntry {
-    fn of(bytes: &[u8]) -> Self {
+    pub(super) fn of(bytes: &[u8]) -> Self {
         let hash = blake3::Hasher::new().update_rayon(bytes).finalize();
         FileEntry { size: bytes.len() as u64, blake3: hash.to_hex().to_string() }
     }

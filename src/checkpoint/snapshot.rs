@@ -9,7 +9,9 @@ use crate::error::{Error, Result};
 use crate::format::safetensors;
 use serde::Serialize;
 use serde_json::{Value, json};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use tch::Tensor;
 
 /// Everything of a run at one step, apart from what training goes on to change.
 #[derive(Debug)]
@@ -17,7 +19,28 @@ pub(super) struct Snapshot {
     pub(super) step: u64,
     pub(super) metric: Option<f64>,
     /// Name and content of each file but the manifest.
-    pub(super) files: Vec<(String, Vec<u8>)>,
+    pub(super) files: Vec<(String, Content)>,
+}
+
+/// What a file is to hold. Tensors are copies that training doesn't change;
+/// they are laid out as a file when that is written.
+#[derive(Debug)]
+pub(super) enum Content {
+    Bytes(Vec<u8>),
+    Tensors(BTreeMap<String, Tensor>),
+}
+
+impl Content {
+    fn json(name: &str, value: &impl Serialize) -> Result<Self> {
+        serde_json::to_vec_pretty(value).map(Content::Bytes).map_err(|error| Error::corrupt(name, error))
+    }
+
+    pub(super) fn bytes(&self) -> Result<Cow<'_, [u8]>> {
+        match self {
+            Content::Bytes(bytes) => Ok(Cow::Borrowed(bytes)),
+            Content::Tensors(tensors) => safetensors::serialize(tensors).map(Cow::Owned),
+        }
+    }
 }
 
 /// What the run itself adds to its parts.
@@ -33,8 +56,8 @@ impl Snapshot {
     pub(super) fn take(parts: &Parts<'_>, progress: Progress<'_>) -> Result<Self> {
         parts.check_names()?;
         let optimizer = parts.optimizer.export_state()?;
-        let mut files = parts.model.adapter_files()?;
-        files.push((OPTIMIZER.into(), safetensors::serialize(&optimizer.tensors)?));
+        let adapter = parts.model.adapter_files()?.into_iter();
+        let mut files: Vec<_> = adapter.map(|(name, bytes)| (name, Content::Bytes(bytes))).collect();
 
         let mut settings = BTreeMap::new();
         let mut tensors = BTreeMap::new();
@@ -45,7 +68,7 @@ impl Snapshot {
             settings.insert(name.to_string(), part);
         }
         if !settings.is_empty() {
-            files.push((PARTS.into(), safetensors::serialize(&tensors)?));
+            files.push((PARTS.into(), Content::Tensors(tensors)));
         }
 
         let state = TrainingState::capture(parts, &optimizer, settings, &progress)?;
@@ -54,9 +77,10 @@ impl Snapshot {
             "schedule": parts.schedule,
         });
         let environment = Environment::capture(&parts.model.devices(), configuration)?;
-        files.push((TRAINING_STATE.into(), to_json(TRAINING_STATE, &state)?));
-        files.push((BASE.into(), to_json(BASE, progress.base)?));
-        files.push((ENVIRONMENT.into(), to_json(ENVIRONMENT, &environment)?));
+        files.push((TRAINING_STATE.into(), Content::json(TRAINING_STATE, &state)?));
+        files.push((BASE.into(), Content::json(BASE, progress.base)?));
+        files.push((ENVIRONMENT.into(), Content::json(ENVIRONMENT, &environment)?));
+        files.push((OPTIMIZER.into(), Content::Tensors(optimizer.tensors)));
         check_names(&files)?;
         Ok(Snapshot { step: progress.step, metric: progress.metric, files })
     }
@@ -64,7 +88,7 @@ impl Snapshot {
 
 /// A model must give the two files of an adapter, and no path, no name twice
 /// and none of the checkpoint's own.
-fn check_names(files: &[(String, Vec<u8>)]) -> Result<()> {
+fn check_names(files: &[(String, Content)]) -> Result<()> {
     let bad = |found: String| Err(Error::config("adapter_files", "the files of an adapter", found));
     let mut names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
     names.push(layout::MANIFEST);
@@ -79,8 +103,4 @@ fn check_names(files: &[(String, Vec<u8>)]) -> Result<()> {
         Some(name) => bad(format!("no {name}")),
         None => Ok(()),
     }
-}
-
-fn to_json(name: &str, value: &impl Serialize) -> Result<Vec<u8>> {
-    serde_json::to_vec_pretty(value).map_err(|error| Error::corrupt(name, error))
 }

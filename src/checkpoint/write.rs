@@ -3,9 +3,10 @@
 use super::fs::FileSystem;
 use super::latest::folder_names;
 use super::layout;
-use super::manifest::Manifest;
+use super::manifest::{FileEntry, Manifest};
 use super::snapshot::Snapshot;
 use crate::error::{Error, Result};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -32,11 +33,16 @@ pub(super) fn commit(disk: &dyn FileSystem, run_dir: &Path, snapshot: &Snapshot)
 
 fn fill(disk: &dyn FileSystem, dir: &Path, snapshot: &Snapshot) -> Result<()> {
     disk.create_dir(dir).map_err(Error::io(dir))?;
-    for (name, bytes) in &snapshot.files {
-        write_synced(disk, &dir.join(name), bytes)?;
+    let mut entries = BTreeMap::new();
+    for (name, content) in &snapshot.files {
+        let bytes = content.bytes()?;
+        let path = dir.join(name);
+        let (entry, written) = rayon::join(|| FileEntry::of(&bytes), || write_synced(disk, &path, &bytes));
+        written?;
+        entries.insert(name.clone(), entry);
     }
-    let path = dir.join(layout::MANIFEST);
-    write_synced(disk, &path, &Manifest::new(snapshot).to_text()?)?;
+    let manifest = Manifest::new(snapshot.step, snapshot.metric, entries);
+    write_synced(disk, &dir.join(layout::MANIFEST), &manifest.to_text()?)?;
     disk.sync_dir(dir).map_err(Error::io(dir))
 }
 

@@ -68,18 +68,34 @@ pub(crate) fn write<T: Plain, R>(tensor: &mut Tensor, f: impl FnOnce(&mut [T]) -
     Ok(f(unsafe { std::slice::from_raw_parts_mut(data, tensor.numel()) }))
 }
 
-/// The bytes of a tensor, row-major, little-endian, from any device.
-pub(crate) fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
-    let kind = tensor.f_kind()?;
-    let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
-    let data = pointer(&tensor, kind)?;
-    if data.is_null() {
-        return Ok(Vec::new());
+/// The bytes of a tensor, row-major, little-endian, from any device; those of
+/// a contiguous CPU tensor are lent, not copied.
+#[derive(Debug)]
+pub(crate) struct TensorBytes(Tensor);
+
+impl TensorBytes {
+    pub(crate) fn of(tensor: &Tensor) -> Result<Self> {
+        let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+        pointer(&tensor, tensor.f_kind()?)?;
+        Ok(TensorBytes(tensor))
     }
-    let len = tensor.numel() * element_size(kind);
-    // SAFETY: contiguous and on the CPU, so `len` bytes stand at `data`; any
-    // byte is a valid `u8`; they are copied before the tensor is dropped.
-    Ok(unsafe { std::slice::from_raw_parts(data.cast_const(), len) }.to_vec())
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        let data = self.0.data_ptr().cast::<u8>();
+        if data.is_null() {
+            return &[];
+        }
+        let len = self.0.numel() * element_size(self.0.kind());
+        // SAFETY: contiguous and on the CPU, as `of` made sure, so `len` bytes
+        // stand at `data`; any byte is a valid `u8`; the handle keeps them
+        // alive, and nothing in this crate writes to a tensor it lends.
+        unsafe { std::slice::from_raw_parts(data.cast_const(), len) }
+    }
+}
+
+/// A copy of the bytes of a tensor.
+pub(crate) fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    Ok(TensorBytes::of(tensor)?.as_slice().to_vec())
 }
 
 /// A new CPU tensor from its bytes.
@@ -100,4 +116,29 @@ pub(crate) fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Resu
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), data, bytes.len()) };
     }
     Ok(tensor)
+}
+
+/// A contiguous CPU tensor whose bytes can be borrowed.
+#[derive(Debug)]
+pub(crate) struct CpuBytes(super::shared::SharedTensor);
+
+impl CpuBytes {
+    /// Copies the tensor only if it is elsewhere or not contiguous.
+    pub(crate) fn new(tensor: &Tensor) -> Result<Self> {
+        let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+        pointer(&tensor, tensor.f_kind()?)?;
+        Ok(CpuBytes(super::shared::SharedTensor::new(tensor)))
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        let tensor = self.0.get();
+        let (data, len) = (tensor.data_ptr(), tensor.numel() * element_size(tensor.kind()));
+        if data.is_null() {
+            return &[];
+        }
+        // SAFETY: contiguous and on the CPU, as `new` saw to, so `len` bytes
+        // stand at `data`; any byte is a valid `u8`; the tensor lives as long as
+        // `self`, and frozen tensors are not written to.
+        unsafe { std::slice::from_raw_parts(data.cast_const().cast(), len) }
+    }
 }

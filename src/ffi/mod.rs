@@ -15,11 +15,14 @@
 pub(crate) mod adamw;
 pub(crate) mod autograd;
 pub(crate) mod bytes;
+pub(crate) mod compute;
 pub(crate) mod generator;
 pub(crate) mod hook;
+pub(crate) mod mapped;
 pub(crate) mod optim;
 pub(crate) mod runtime;
 pub(crate) mod shared;
+pub(crate) mod simd;
 
 use crate::error::{Error, Result};
 use std::ffi::{CStr, c_char, c_void};

@@ -298,10 +298,11 @@ mod tests {
         let text = String::from_utf8(config_to_json(&found.config).unwrap()).unwrap();
         assert!(text.contains("\"new_thing\": {"), "{text}");
 
-        let lacking = json!({"peft_type": "LORA", "target_modules": "x", "use_dora": true, "bias": "all"});
+        let lacking =
+            json!({"peft_type": "LORA", "target_modules": "x", "use_dora": true, "ensure_weight_tying": true});
         let error = read(lacking).unwrap().config.check_supported().unwrap_err();
         let Error::Unsupported { fields } = error else { panic!("{error}") };
-        assert_eq!(fields, ["bias = \"all\"", "use_dora = true"]);
+        assert_eq!(fields, ["ensure_weight_tying = true", "use_dora = true"]);
         assert!(matches!(read(json!({"peft_type": "LOHA"})), Err(Error::Unsupported { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": 3})), Err(Error::Corrupt { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": "x", "r": 0})), Err(Error::Config { .. })));

@@ -1,7 +1,7 @@
 //! Tensors by name, to and from safetensors bytes.
 
 use crate::error::{Error, Result};
-use crate::ffi::bytes::{tensor_bytes, tensor_from_bytes};
+use crate::ffi::bytes::{TensorBytes, tensor_from_bytes};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::{BTreeMap, HashMap};
@@ -17,11 +17,11 @@ pub(crate) fn serialize(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>> {
     let mut held = Vec::with_capacity(tensors.len());
     for (name, tensor) in tensors {
         let shape: Vec<usize> = tensor.size().iter().map(|&d| d as usize).collect();
-        held.push((name, dtype(name, tensor.f_kind()?)?, shape, tensor_bytes(tensor)?));
+        held.push((name, dtype(name, tensor.f_kind()?)?, shape, TensorBytes::of(tensor)?));
     }
     let views = held
         .iter()
-        .map(|(name, dtype, shape, bytes)| Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?)))
+        .map(|(name, dtype, shape, bytes)| Ok((name, TensorView::new(*dtype, shape.clone(), bytes.as_slice())?)))
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
     // What PEFT writes, and what `transformers` wants to see.
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);

@@ -124,7 +124,7 @@ pub(crate) struct LoftQ {
 /// PEFT's default: nf4, once.
 impl Default for LoftQ {
     fn default() -> Self {
-        LoftQ { scheme: Scheme::Nf4 { double_quant: false }, iterations: 1 }
+        LoftQ { scheme: Scheme::NF4, iterations: 1 }
     }
 }
 

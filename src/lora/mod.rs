@@ -12,6 +12,7 @@ mod layer;
 mod linear;
 mod replace;
 mod target;
+mod tokens;
 
 pub use combine::{Combination, MajoritySign, Merge};
 pub(crate) use combine::{Part, combine, rank};
@@ -23,3 +24,4 @@ pub use config::{
 pub(crate) use layer::{Built, LayerForm, LayerSpec, LoftQ, LoraLayer, Switches};
 pub(crate) use replace::Replacement;
 pub(crate) use target::resolve;
+pub(crate) use tokens::TokenRows;

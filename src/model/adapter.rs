@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft};
 use crate::lora::{
     self, Bias, Built, InitLoraWeights, LayerForm, LayerSettings, LayerSpec, LoftQ, LoraConfig, LoraLayer, Replacement,
-    Switches, TargetModules,
+    Switches, TargetModules, TokenIndices, TokenRows,
 };
 use crate::names;
 use crate::quant::{PackedWeight, Scheme};
@@ -26,6 +26,8 @@ pub(super) struct NamedAdapter {
     pub(super) layers: Vec<Layer>,
     /// Full copies: `modules_to_save` and biases.
     pub(super) saved: Vec<Saved>,
+    /// Rows of tables: `trainable_token_indices`.
+    pub(super) tokens: Vec<Tokens>,
     /// Whether its tensors require gradients while it is active.
     pub(super) trainable: bool,
     /// What its scales are multiplied by.
@@ -53,6 +55,15 @@ pub(super) struct Saved {
     pub(super) key: String,
     pub(super) site: Arc<Site>,
     pub(super) copy: Arc<Replacement>,
+}
+
+/// Trained rows of one table.
+#[derive(Debug)]
+pub(super) struct Tokens {
+    pub(super) path: String,
+    pub(super) site: Arc<Site>,
+    pub(super) rows: Vec<i64>,
+    pub(super) value: Arc<TokenRows>,
 }
 
 impl NamedAdapter {
@@ -99,19 +110,28 @@ impl NamedAdapter {
                 return Err(Error::config("modules_to_save", "one name of a tied weight", found));
             }
         }
+        let tokens = tokens(base, &config, switches)?;
+        for table in &tokens {
+            if taken.contains(&Arc::as_ptr(&table.site)) {
+                let expected = "tables that the same adapter doesn't change otherwise, as in PEFT";
+                return Err(Error::config("trainable_token_indices", expected, &table.path));
+            }
+        }
         // PEFT writes what `all-linear` meant, as a list of paths.
         config.settle(&targets);
         if config.target_modules == Some(TargetModules::AllLinear) {
             config.target_modules = Some(TargetModules::List(targets));
         }
         let name = name.to_string();
-        Ok(NamedAdapter { name, config, layers, saved, trainable: true, scale: 1.0, report: None, residuals })
+        let report = None;
+        Ok(NamedAdapter { name, config, layers, saved, tokens, trainable: true, scale: 1.0, report, residuals })
     }
 
     /// Every weight that it changes, with what changes it.
     pub(super) fn sites(&self) -> impl Iterator<Item = (&Arc<Site>, Arc<dyn Adapter>)> {
         let layers = self.layers.iter().map(|layer| (&layer.site, Arc::clone(&layer.lora) as Arc<dyn Adapter>));
-        layers.chain(self.saved.iter().map(|saved| (&saved.site, Arc::clone(&saved.copy) as Arc<dyn Adapter>)))
+        let saved = self.saved.iter().map(|saved| (&saved.site, Arc::clone(&saved.copy) as _));
+        layers.chain(saved).chain(self.tokens.iter().map(|table| (&table.site, Arc::clone(&table.value) as _)))
     }
 
     /// Its tensors by their keys in a file, sorted.
@@ -122,7 +142,11 @@ impl NamedAdapter {
         });
         let saved =
             self.saved.iter().map(|saved| NamedParameter { name: saved.key.clone(), tensor: saved.copy.value() });
-        let mut all: Vec<_> = layers.chain(saved).collect();
+        let tokens = self.tokens.iter().map(|table| NamedParameter {
+            name: peft::key(&table.path, "token_adapter.trainable_tokens_delta"),
+            tensor: table.value.value(),
+        });
+        let mut all: Vec<_> = layers.chain(saved).chain(tokens).collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         all
     }
@@ -209,7 +233,7 @@ fn loftq(config: &LoraConfig) -> Result<LoftQ> {
         value.map_or(Some(default), serde_json::Value::as_i64).unwrap_or(-1)
     };
     let scheme = match field("loftq_bits", 4) {
-        4 => Scheme::Nf4 { double_quant: false },
+        4 => LoftQ::default().scheme,
         8 => Scheme::Int8,
         bits => return Err(Error::config("loftq_config", "loftq_bits of 4 or 8", bits)),
     };
@@ -219,9 +243,48 @@ fn loftq(config: &LoraConfig) -> Result<LoftQ> {
     }
 }
 
+/// The tables of which rows are trained.
+fn tokens<M>(base: &Base<M>, config: &LoraConfig, switches: &Arc<Switches>) -> Result<Vec<Tokens>> {
+    let tables: Vec<_> = base.weights().layers().filter(|(_, weight)| weight.role == WeightRole::Embedding).collect();
+    let none = |entry: &str| Error::NoTarget {
+        target: entry.into(),
+        near: names::near(entry, tables.iter().map(|(path, _)| *path)),
+    };
+    let wanted: Vec<(String, Vec<i64>)> = match &config.trainable_token_indices {
+        None => return Ok(Vec::new()),
+        Some(TokenIndices::Modules(modules)) => modules.clone().into_iter().collect(),
+        // The input embedding: the one that transformers calls so, or the only one.
+        Some(TokenIndices::Input(rows)) => match tables.as_slice() {
+            [(only, _)] => vec![(only.to_string(), rows.clone())],
+            _ => vec![("embed_tokens".into(), rows.clone())],
+        },
+    };
+    let mut tokens: Vec<Tokens> = Vec::new();
+    for (entry, rows) in wanted {
+        let found: Vec<_> = tables.iter().filter(|(path, _)| names::suffix_matches(path, &entry)).collect();
+        if found.is_empty() {
+            return Err(none(&entry));
+        }
+        for (path, weight) in found {
+            let site = weight.site_or_attach()?;
+            if tokens.iter().any(|other| Arc::ptr_eq(&other.site, &site)) {
+                return Err(Error::config("trainable_token_indices", "each table once", path));
+            }
+            let table = site.frozen();
+            let value = TokenRows::new(path, table.as_ref(), &rows, config.dtype, Arc::clone(switches))?;
+            tokens.push(Tokens { path: path.to_string(), site, rows: rows.clone(), value: Arc::new(value) });
+        }
+    }
+    Ok(tokens)
+}
+
 /// Copies of the weights that `modules_to_save` and `bias` mean.
 fn saved<M>(base: &Base<M>, config: &LoraConfig, targets: &[String], switches: &Arc<Switches>) -> Result<Vec<Saved>> {
     let entries = config.modules_to_save();
+    if entries.is_empty() && config.bias == Bias::None {
+        return Ok(Vec::new());
+    }
+    let targets: HashSet<&str> = targets.iter().map(String::as_str).collect();
     let module = |name: &str| name.rsplit_once('.').map_or(String::new(), |(module, _)| module.to_string());
     let mut used = HashSet::new();
     let mut saved = Vec::new();
@@ -229,7 +292,7 @@ fn saved<M>(base: &Base<M>, config: &LoraConfig, targets: &[String], switches: &
         let path = module(&weight.name);
         let entry = entries.iter().find(|entry| names::is_within(&path, entry));
         let end = weight.name.rsplit('.').next().unwrap_or_default();
-        let targeted = targets.iter().any(|target| *target == path);
+        let targeted = targets.contains(path.as_str());
         let key = match (entry, config.bias) {
             (Some(entry), _) => {
                 used.insert(entry);

@@ -129,13 +129,28 @@ impl<M> LoraModel<M> {
 
     fn check_together(&self, names: &[String]) -> Result<()> {
         let mut changed: HashMap<*const Site, &str> = HashMap::new();
+        let mut rows: Vec<(*const Site, i64)> = Vec::new();
         for (i, name) in names.iter().enumerate() {
             if names.iter().take(i).any(|earlier| earlier == name) {
                 return Err(Error::config("adapter_name", "each name once", format!("{name} twice")));
             }
             let adapter = self.named(name)?;
+            for table in &adapter.tokens {
+                for row in &table.rows {
+                    let place = (Arc::as_ptr(&table.site), *row);
+                    if rows.contains(&place) {
+                        let found = format!("row {row} of {} in two adapters", table.path);
+                        return Err(Error::config(
+                            "trainable_token_indices",
+                            "other rows in each active adapter",
+                            found,
+                        ));
+                    }
+                    rows.push(place);
+                }
+            }
             for (site, part) in adapter.sites() {
-                let other = changed.insert(Arc::as_ptr(site), name);
+                let other = changed.insert(Arc::as_ptr(site), name).filter(|other| *other != name);
                 let replaced = self.all().any(|a| a.saved.iter().any(|saved| Arc::ptr_eq(&saved.site, site)));
                 if let Some(other) = other.filter(|_| replaced || part.replacement().is_some()) {
                     let found = format!("{other} and {name}, of which one replaces {}", site.name());

@@ -4,7 +4,8 @@
 //! The node keeps it packed and unpacks it again, tile by tile; plain autograd
 //! would keep every dequantised weight alive until the backward pass.
 
-use super::{LinearMap, PackedWeight, tiles};
+use super::cpu::{self, Op};
+use super::{LinearMap, PackedWeight, gemm, tiles};
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
 use crate::ffi::runtime::autocast_kind;
@@ -18,47 +19,79 @@ fn dense_matrix(weight: &dyn PackedWeight) -> Result<Option<Tensor>> {
     }
 }
 
+/// Rows up to which the kernels' own products are the faster ones: beyond, a
+/// tile is unpacked once for all rows. libtorch's products of 16-bit numbers
+/// win earlier, with twice the arithmetic in an instruction or more.
+fn few(kind: Kind) -> i64 {
+    if kind == Kind::Float { 16 } else { 8 }
+}
+
 /// x · Wᵀ (+ bias): x (n, in), result (n, out), in the dtype of x.
+///
+/// Sums are in f32, or f64 for such x.
 pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (kind, [out, inn]) = (x.f_kind()?, weight.shape());
     let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
+    let add = |mut y: Tensor| match &bias {
+        Some(bias) => Ok(y.f_add_(bias)?),
+        None => Ok(y),
+    };
     if let Some(dense) = dense_matrix(weight)? {
-        return Ok(x.f_linear(&dense.f_to_kind(kind)?, bias.as_ref())?);
+        return add(gemm::multiply(x, &dense.f_to_kind(kind)?.f_tr()?)?);
     }
-    let mut y = Tensor::f_empty([x.size2()?.0, out], (kind, x.device()))?;
+    let n = x.size2()?.0;
+    let mut y = Tensor::f_empty([n, out], (kind, x.device()))?;
+    if n <= few(kind) && cpu::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
+        return add(y);
+    }
     tiles::for_each(out, inn, |start, rows| {
         tiles::with_scratch(rows, inn, kind, x.device(), |tile| {
-            weight.unpack_rows(start, tile)?;
-            let _ = x.f_mm_out(&y.f_narrow(1, start, rows)?, &tile.f_tr()?)?;
-            Ok(())
+            if !cpu::run(weight, Op::Unpack { row: start, columns: 0..inn, out: tile })? {
+                weight.unpack_rows(start, tile)?;
+            }
+            gemm::multiply_into(x, &tile.f_tr()?, &mut y.f_narrow(1, start, rows)?)
         })
     })?;
-    match bias {
-        Some(bias) => Ok(y.f_add_(&bias)?),
-        None => Ok(y),
-    }
+    add(y)
 }
 
 /// g · W: g (n, out), result (n, in), in the dtype of g.
+///
+/// Sums are in f32, or f64 for such g.
 pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Result<Tensor> {
     let (kind, [out, inn]) = (g.f_kind()?, weight.shape());
     if let Some(dense) = dense_matrix(weight)? {
-        return Ok(g.f_mm(&dense.f_to_kind(kind)?)?);
+        return gemm::multiply(g, &dense.f_to_kind(kind)?);
     }
-    let mut dx = Tensor::f_empty([g.size2()?.0, inn], (kind, g.device()))?;
+    let n = g.size2()?.0;
+    let mut dx = Tensor::f_empty([n, inn], (kind, g.device()))?;
+    if n <= few(kind) && cpu::run(weight, Op::ProductTransposed { g: &g.f_contiguous()?, dx: &mut dx })? {
+        return Ok(dx);
+    }
+    // A range of columns is summed up in one product. Where only rows can be
+    // unpacked, the sums of all tiles are added up in f32.
+    if tiles::for_each_columns(out, inn, |start, columns| {
+        tiles::with_scratch(out, columns, kind, g.device(), |tile| {
+            let unpacked = cpu::run(weight, Op::Unpack { row: 0, columns: start..start + columns, out: tile })?;
+            if unpacked {
+                gemm::multiply_into(g, tile, &mut dx.f_narrow(1, start, columns)?)?;
+            }
+            Ok(unpacked)
+        })
+    })? {
+        return Ok(dx);
+    }
+    let sum_kind = if kind == Kind::Double { kind } else { Kind::Float };
+    let mut sum = Tensor::f_zeros([n, inn], (sum_kind, g.device()))?;
     tiles::for_each(out, inn, |start, rows| {
         tiles::with_scratch(rows, inn, kind, g.device(), |tile| {
             weight.unpack_rows(start, tile)?;
             let g = g.f_narrow(1, start, rows)?;
-            if start == 0 {
-                let _ = g.f_mm_out(&dx, tile)?;
-            } else {
-                let _ = dx.f_addmm_(&g, tile)?;
-            }
+            let _ = if kind == sum_kind { sum.f_addmm_(&g, tile)? } else { sum.f_add_(&g.f_mm(tile)?)? };
             Ok(())
         })
     })?;
-    Ok(dx)
+    Ok(sum.f_to_kind(kind)?)
 }
 
 /// The input of a linear as a matrix, and how to give results its shape.

@@ -4,19 +4,35 @@
 //! rows; `linear` builds the products and the autograd node on that, so that
 //! at most one tile of a weight is dense at any time.
 
+mod affine;
+mod cast;
+mod codebook;
 mod config;
+mod cpu;
 mod dense;
+pub(crate) mod disk;
 mod dynamic_map;
+mod fp8;
 pub(crate) mod frozen;
+pub(crate) mod gemm;
+mod gptq;
+mod hqq;
 mod int8;
+mod kernels;
 pub(crate) mod linear;
 mod map;
-mod nf4;
+mod mxfp4;
+mod parts;
+mod pattern;
+mod scheme;
 mod tiles;
 
-pub use config::{QuantConfig, QuantConfigBuilder, Scheme};
+pub use config::{QuantConfig, QuantConfigBuilder, QuantRule, Treatment};
 pub(crate) use dense::Dense;
 pub(crate) use map::LinearMap;
+pub(crate) use parts::Parts;
+pub(crate) use pattern::matches;
+pub use scheme::{Fp8Format, Scheme};
 
 use crate::error::{Error, Result};
 use std::fmt::Debug;
@@ -128,33 +144,142 @@ fn check_index(index: &[i64], rows: i64) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Mismatch`] for another shape or dtype, [`Error::NotFinite`] for a
-/// weight with NaN or infinite values.
+/// weight with NaN or infinite values, or with values so large that they would
+/// become infinite in this scheme; [`Error::Config`] for a scheme that is only
+/// read from files, or a size in it that is out of range.
 pub fn quantize(name: &str, weight: &Tensor, scheme: Scheme) -> Result<Arc<dyn PackedWeight>> {
-    check(name, weight)?;
+    check(name, weight, scheme.validate()?)?;
     pack(weight, scheme)
 }
 
 /// [`quantize`] for a weight that was checked already.
 pub(crate) fn pack(weight: &Tensor, scheme: Scheme) -> Result<Arc<dyn PackedWeight>> {
-    let weight = weight.f_detach()?.f_contiguous()?;
+    let weight = &weight.f_detach()?.f_contiguous()?;
     Ok(match scheme {
-        Scheme::Int8 => Arc::new(int8::Int8::pack(&weight)?),
-        Scheme::Nf4 { double_quant } => Arc::new(nf4::Nf4::pack(&weight, double_quant)?),
+        Scheme::Int8 => Arc::new(int8::Int8::pack(weight)?),
+        Scheme::LlmInt8 => Arc::new(int8::Int8::pack_absmax(weight)?),
+        Scheme::Int4 { .. } | Scheme::Int2 { .. } => Arc::new(affine::Affine::pack(weight, scheme)?),
+        Scheme::Fp8 { format } => Arc::new(fp8::Fp8::pack(weight, format)?),
+        Scheme::Nf4 { .. } | Scheme::Fp4 { .. } => Arc::new(codebook::Codebook::pack(weight, scheme)?),
+        Scheme::Mxfp4 => Arc::new(mxfp4::Mxfp4::pack(weight)?),
+        Scheme::Bf16 | Scheme::F16 => Arc::new(cast::Cast::pack(weight, scheme)?),
+        Scheme::Gptq { .. } => return Err(scheme::only_read(scheme)),
+    })
+}
+
+/// [`pack`] on another device than the weight's, to which the result returns.
+pub(crate) fn pack_on(
+    name: &str,
+    weight: &Tensor,
+    scheme: Scheme,
+    device: Option<Device>,
+) -> Result<Arc<dyn PackedWeight>> {
+    let home = weight.device();
+    match device {
+        Some(device) if device != home => {
+            let there = pack(&weight.f_to_device(device)?, scheme)?;
+            Parts::of(name, there.as_ref(), home)?.map_or(Ok(there), assemble)
+        }
+        _ => pack(weight, scheme),
+    }
+}
+
+/// Puts a packed weight together from its tensors, whose dtypes, shapes and
+/// values are checked.
+pub(crate) fn assemble(parts: Parts) -> Result<Arc<dyn PackedWeight>> {
+    let scheme = parts.scheme;
+    check_form(&parts.name, &parts.sizes, parts.kind)?;
+    Ok(match scheme {
+        Scheme::Int8 | Scheme::LlmInt8 => Arc::new(int8::Int8::assemble(parts)?),
+        Scheme::Int4 { .. } | Scheme::Int2 { .. } => Arc::new(affine::Affine::assemble(parts)?),
+        Scheme::Fp8 { format } => Arc::new(fp8::Fp8::assemble(parts, format)?),
+        Scheme::Nf4 { .. } | Scheme::Fp4 { .. } => Arc::new(codebook::Codebook::assemble(parts)?),
+        Scheme::Mxfp4 => Arc::new(mxfp4::Mxfp4::assemble(parts)?),
+        Scheme::Bf16 | Scheme::F16 => Arc::new(cast::Cast::assemble(parts)?),
+        Scheme::Gptq { group_size } => Arc::new(gptq::Gptq::assemble(parts, group_size)?),
+    })
+}
+
+/// The shapes and dtypes that weights can be packed from.
+fn check_form(name: &str, sizes: &[i64], kind: Kind) -> Result<()> {
+    let float = matches!(kind, Kind::Float | Kind::BFloat16 | Kind::Half);
+    if (2..=5).contains(&sizes.len()) && sizes.iter().all(|&size| size > 0) && float {
+        return Ok(());
+    }
+    Err(Error::Mismatch {
+        name: name.into(),
+        expected: "a weight of two to five dimensions, none of them 0, of f32, bf16 or f16".into(),
+        found: format!("{kind:?} {sizes:?}"),
     })
 }
 
 /// What [`quantize`] demands of a weight.
-pub(crate) fn check(name: &str, weight: &Tensor) -> Result<()> {
-    let (shape, kind) = (weight.size(), weight.f_kind()?);
-    let float = matches!(kind, Kind::Float | Kind::BFloat16 | Kind::Half);
-    if !(2..=5).contains(&shape.len()) || shape.contains(&0) || !float {
-        return Err(Error::Mismatch {
-            name: name.into(),
-            expected: "a weight of two to five dimensions, none of them 0, of f32, bf16 or f16".into(),
-            found: format!("{kind:?} {shape:?}"),
-        });
+pub(crate) fn check(name: &str, weight: &Tensor, scheme: Scheme) -> Result<()> {
+    let kind = weight.f_kind()?;
+    check_form(name, &weight.size(), kind)?;
+    // NaN is neither above nor below the limit, and comes through as NaN.
+    let (low, high) = weight.f_detach()?.f_aminmax(None, false)?;
+    let (low, high) = (f64::try_from(low)?, f64::try_from(high)?);
+    let remedy = "it can't be quantised: repair the base, or leave the weight out with `skip`";
+    if !low.is_finite() || !high.is_finite() {
+        return Err(Error::NotFinite { name: name.into(), remedy: remedy.into() });
     }
-    check_finite(name, weight, "it can't be quantised: repair the base, or leave the weight out with `skip`")
+    let limit = limit(scheme, kind);
+    if high.max(-low) > limit {
+        let remedy = format!(
+            "that is what {scheme} would make of it, which takes values up to {limit:e}: \
+             choose another scheme for it, or leave the weight out with `skip`"
+        );
+        return Err(Error::NotFinite { name: name.into(), remedy });
+    }
+    Ok(())
+}
+
+/// The largest magnitude whose packed value is sure to be finite.
+fn limit(scheme: Scheme, kind: Kind) -> f64 {
+    match scheme {
+        Scheme::LlmInt8 | Scheme::F16 => largest(Kind::Half).min(largest(kind)),
+        Scheme::Bf16 if kind == Kind::Half => 65280.0, // the next bf16 is infinite in f16
+        Scheme::Bf16 => largest(Kind::BFloat16),
+        // A range of values, or a sum of scales, must have room.
+        Scheme::Int4 { .. } | Scheme::Int2 { .. } => largest(kind) / 4.0,
+        Scheme::Nf4 { double_quant: true, .. } | Scheme::Fp4 { double_quant: true, .. } => largest(kind) / 4.0,
+        _ => largest(kind),
+    }
+}
+
+/// The largest finite value of a float dtype of weights.
+fn largest(kind: Kind) -> f64 {
+    match kind {
+        Kind::BFloat16 => half::bf16::MAX.to_f64(),
+        Kind::Half => half::f16::MAX.to_f64(),
+        _ => f32::MAX.into(),
+    }
+}
+
+/// The smallest normal value of a float dtype of weights.
+fn smallest_normal(kind: Kind) -> f64 {
+    match kind {
+        Kind::Half => half::f16::MIN_POSITIVE.to_f64(),
+        _ => f32::MIN_POSITIVE.into(),
+    }
+}
+
+/// The largest value of the dtype whose product with `code` is finite.
+fn largest_scale(kind: Kind, code: f64) -> f64 {
+    let scale = largest(kind) / code;
+    // Cut off what the dtype's mantissa has no room for.
+    let bits = match kind {
+        Kind::BFloat16 => 7,
+        Kind::Half => 10,
+        _ => 23,
+    };
+    f64::from_bits(scale.to_bits() & !((1 << (52 - bits)) - 1))
+}
+
+/// Rows of a tensor by an index (n) that may hold anything.
+fn select(tensor: &Tensor, index: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_index_select(0, index)?)
 }
 
 /// Refuses NaN and infinite values.

@@ -21,6 +21,30 @@ pub(super) fn for_each(out: i64, inn: i64, mut f: impl FnMut(i64, i64) -> Result
     Ok(())
 }
 
+/// Columns of a tile of columns: fewer would be slow to unpack.
+const COLUMNS: i64 = 512;
+
+/// Calls `f(start, columns)` for consecutive ranges of columns of an (out, in)
+/// weight, each of at most `KEPT` elements unless the columns are very long.
+/// Ends as soon as `f` answers no, and answers whether it never did.
+pub(super) fn for_each_columns(out: i64, inn: i64, mut f: impl FnMut(i64, i64) -> Result<bool>) -> Result<bool> {
+    let wanted = (TILE / out.max(1)).max(COLUMNS.min(KEPT / out.max(1)));
+    // Whole cache lines and whole blocks of most formats.
+    let step = (wanted / 64 * 64).max(64);
+    let mut start = 0;
+    while start < inn {
+        let columns = step.min(inn - start);
+        if !f(start, columns)? {
+            return Ok(false);
+        }
+        start += columns;
+    }
+    Ok(true)
+}
+
+/// Elements of the largest scratch tile that is kept.
+const KEPT: i64 = 4 * TILE;
+
 thread_local! {
     /// One tile per dtype that is used again and again: a fresh buffer costs
     /// more in page faults than the unpacking itself.
@@ -51,8 +75,8 @@ pub(super) fn with_scratch<R>(
         _ => Tensor::f_empty([len.max(TILE)], (kind, device))?,
     };
     let result = f(&mut buffer.f_narrow(0, 0, len)?.f_view([rows, inn])?);
-    // Weights wider than a tile are rare: their rows are not kept.
-    if buffer.numel() as i64 == TILE {
+    // Weights longer or wider than that are rare.
+    if buffer.numel() as i64 <= KEPT {
         SCRATCH.with_borrow_mut(|scratch| scratch.push((kind, buffer)));
     }
     result
@@ -75,5 +99,26 @@ mod tests {
             .unwrap();
             assert_eq!(next, out);
         }
+    }
+
+    #[test]
+    fn tiles_of_columns_cover_every_column_once() {
+        for (out, inn) in [(1, 1), (7, 1 << 21), (4096, 4096), (11008, 4100), (1 << 23, 100), (4, 0)] {
+            let mut next = 0;
+            let all = for_each_columns(out, inn, |start, columns| {
+                assert_eq!(start, next);
+                assert!(columns == 64 || columns < 64 || columns * out <= KEPT);
+                next += columns;
+                Ok(true)
+            });
+            assert!(all.unwrap());
+            assert_eq!(next, inn);
+        }
+        let mut calls = 0;
+        let counted = for_each_columns(4096, 4096, |_, _| {
+            calls += 1;
+            Ok(false)
+        });
+        assert!(!counted.unwrap() && calls == 1);
     }
 }

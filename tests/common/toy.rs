@@ -4,8 +4,8 @@ use std::path::Path;
 use tch::nn::{self, ModuleT};
 use tch::{Device, Kind, Tensor};
 use tch_peft::{
-    AdamW, Base, Checkpointable, Error, LoraConfig, LoraModel, Optimizer, Parts, QuantConfig, Result, Run, RunBuilder,
-    Sampler, Schedule, Start, State, Stateful,
+    Adafactor, AdamW, AdamW8bit, Base, Checkpointable, Error, Lion, LoraConfig, LoraModel, Optimizer, Parts,
+    QuantConfig, Result, Run, RunBuilder, Sampler, Schedule, Sgd, Start, State, Stateful,
 };
 
 pub const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -41,7 +41,7 @@ impl Default for Setup {
     }
 }
 
-pub const OPTIMIZERS: [&str; 1] = ["adamw"];
+pub const OPTIMIZERS: [&str; 6] = ["adamw", "adamw8bit", "sgd", "adafactor", "lion", "lora_plus"];
 
 #[derive(Debug)]
 pub struct Net {
@@ -53,6 +53,21 @@ impl ModuleT for Net {
     fn forward_t(&self, x: &Tensor, train: bool) -> Tensor {
         x.apply(&self.up).tanh().dropout(0.1, train).apply(&self.down)
     }
+}
+
+/// The network, the same each time.
+pub fn dense_base() -> (nn::VarStore, Net) {
+    let vs = nn::VarStore::new(Device::Cpu);
+    let linear = |name: &str, inn, out| nn::linear(vs.root() / name, inn, out, Default::default());
+    let net = Net { up: linear("up", IN, 40), down: linear("down", 40, 8) };
+    // By exact arithmetic, so that every processor has the same base.
+    let sorted: std::collections::BTreeMap<_, _> = vs.variables().into_iter().collect();
+    for (i, mut weight) in sorted.into_values().enumerate() {
+        let numbers = Tensor::arange(weight.numel() as i64, CPU) * (37.0 + i as f64);
+        let exact = (numbers.remainder(127) - 63) / 256;
+        tch::no_grad(|| weight.copy_(&exact.view_as(&weight)));
+    }
+    (vs, net)
 }
 
 fn quant(scheme: &str) -> QuantConfig {
@@ -72,6 +87,8 @@ pub struct Toy {
     pub schedule: Schedule,
     pub sampler: Sampler,
     pub average: Option<Average>,
+    /// One more part.
+    pub extra: Option<Box<dyn Stateful>>,
     pub run: Run,
     accumulate: usize,
 }
@@ -82,10 +99,7 @@ impl Toy {
     pub fn new(setup: Setup, run: RunBuilder) -> Self {
         // The tensors are too small to share, and the machine may be busy.
         tch::set_num_threads(1);
-        tch::manual_seed(3);
-        let vs = nn::VarStore::new(Device::Cpu);
-        let linear = |name: &str, inn, out| nn::linear(vs.root() / name, inn, out, Default::default());
-        let net = Net { up: linear("up", IN, 40), down: linear("down", 40, 8) };
+        let (vs, net) = dense_base();
         let config = LoraConfig::builder().r(2).lora_alpha(4.0).lora_dropout(setup.dropout);
         let config = config.target_modules(["up", "down"]).build().unwrap();
         let base = Base::new(vs, net);
@@ -103,11 +117,16 @@ impl Toy {
         let average = setup.average.then(|| Average::new(&model));
         let optimizer: Box<dyn Optimizer> = match setup.optimizer {
             "adamw" => Box::new(AdamW::builder().lr(1e-2).build(parameters).unwrap()),
+            "adamw8bit" => Box::new(AdamW8bit::builder().lr(1e-2).build(parameters).unwrap()),
+            "sgd" => Box::new(Sgd::builder().lr(1e-1).momentum(0.9).build(parameters).unwrap()),
+            "adafactor" => Box::new(Adafactor::builder().build(parameters).unwrap()),
+            "lion" => Box::new(Lion::builder().lr(1e-3).build(parameters).unwrap()),
+            "lora_plus" => Box::new(AdamW::builder().lr(1e-2).lora_plus(4.0).build(parameters).unwrap()),
             other => panic!("no optimizer {other}"),
         };
         let sampler = Sampler::new(ROWS, 5, 9).unwrap();
         let (schedule, accumulate) = (setup.schedule, setup.accumulate);
-        Toy { model, optimizer, schedule, sampler, average, run: run.build().unwrap(), accumulate }
+        Toy { model, optimizer, schedule, sampler, average, extra: None, run: run.build().unwrap(), accumulate }
     }
 
     /// Resumes or starts; what was drawn before doesn't matter to a resumed run.
@@ -156,6 +175,10 @@ impl Toy {
         let parts = Parts::new(&mut self.model, self.optimizer.as_mut(), &self.schedule, &mut self.sampler);
         let parts = match &mut self.average {
             Some(average) => parts.with("average", average),
+            None => parts,
+        };
+        let parts = match &mut self.extra {
+            Some(extra) => parts.with("extra", extra.as_mut()),
             None => parts,
         };
         (&mut self.run, parts)

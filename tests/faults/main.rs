@@ -2,6 +2,7 @@
 
 mod damage;
 mod kill;
+mod matrix;
 mod points;
 mod small_disk;
 mod writers;

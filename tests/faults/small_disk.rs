@@ -9,14 +9,14 @@ use std::path::Path;
 use std::process::Command;
 use tch_peft::{Error, Run};
 
-/// A tmpfs of 128 KiB; unmounted when dropped.
+/// A tmpfs of 512 KiB; unmounted when dropped.
 struct Small<'a>(&'a Path);
 
 impl<'a> Small<'a> {
     /// None where this isn't allowed.
     fn mount(dir: &'a Path) -> Option<Self> {
         let mut command = Command::new("mount");
-        command.args(["-t", "tmpfs", "-o", "size=128k", "tmpfs"]).arg(dir);
+        command.args(["-t", "tmpfs", "-o", "size=512k", "tmpfs"]).arg(dir);
         command.output().is_ok_and(|output| output.status.success()).then_some(Small(dir))
     }
 }

@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """The twin of `Net` in peft_interop.rs: ids (batch, length) to logits (batch, length, vocabulary)."""
+    """The twin of `Net` in tests/twin: ids (batch, length) to logits (batch, length, vocabulary)."""
 
     def __init__(self, seed=None):
         with torch.random.fork_rng(devices=[]):

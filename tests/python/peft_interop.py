@@ -34,7 +34,7 @@ LLAMA_CASES = {
     "head": dict(r=2, lora_alpha=4, target_modules=r"model\.layers\.1\.mlp\.down_proj|lm_head"),
 }
 
-# What a first version need not support, but must not load as something else.
+# Each by itself.
 OTHER_FEATURES = {
     "dora": dict(use_dora=True),
     "lora_bias": dict(lora_bias=True),

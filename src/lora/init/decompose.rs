@@ -215,9 +215,9 @@ mod tests {
     #[test]
     fn loftq_is_nearer_to_the_weight_than_quantising_alone() {
         let w = Tensor::randn([96, 64], (Kind::Float, Device::Cpu));
-        let alone = quant::pack(&w, Scheme::Nf4 { double_quant: false }).unwrap().dequantize(Kind::Float).unwrap();
+        let alone = quant::pack(&w, Scheme::NF4).unwrap().dequantize(Kind::Float).unwrap();
         let start = start(&spec(InitLoraWeights::Loftq, 8), &dense(&w), false, Kind::Float).unwrap();
-        assert_eq!(start.residual.as_ref().unwrap().scheme(), Some(Scheme::Nf4 { double_quant: false }));
+        assert_eq!(start.residual.as_ref().unwrap().scheme(), Some(Scheme::NF4));
         let (with, alone) = (error(&effective(&start, 2.0), &w), error(&alone, &w));
         assert!(with < 0.9 * alone, "{with} against {alone}");
         let packed = quant::pack(&w, Scheme::Int8).unwrap();

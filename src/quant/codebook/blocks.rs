@@ -7,7 +7,8 @@ use tch::{Kind, Tensor};
 /// bitsandbytes' floor for the scale of a block, so that zeros divide.
 pub(super) const TINY: f64 = 1e-38;
 
-/// Nearest codes (u8, one per value; ties to the lower) and scales `max|x|` of
+/// Nearest of the rising values of `code`, as indices (u8, one per value; ties
+/// to the lower), and scales `max|x|` of
 /// an f32 vector in blocks. The arithmetic is bitsandbytes', step by step: a
 /// full block is multiplied by the reciprocal of its scale, a short last one
 /// divided by it.
@@ -35,10 +36,10 @@ pub(super) fn quantize_blocks(values: &Tensor, block: i64, code: &Tensor) -> Res
     Ok((codes.f_to_kind(Kind::Uint8)?, Tensor::f_cat(&scales, 0)?))
 }
 
-/// Two codes per byte. An odd one out is paired with the code of 0.0, 7.
-pub(super) fn pack_nibbles(codes: &Tensor) -> Result<Tensor> {
+/// Two codes per byte. An odd one out is paired with `filler`, the code of 0.
+pub(super) fn pack_nibbles(codes: &Tensor, filler: u8) -> Result<Tensor> {
     let odd = codes.size1()? % 2;
-    let filler = Tensor::f_full([odd], 7, (Kind::Uint8, codes.device()))?;
+    let filler = Tensor::f_full([odd], i64::from(filler), (Kind::Uint8, codes.device()))?;
     let codes = Tensor::f_cat(&[codes.shallow_clone(), filler], 0)?;
     let pairs = codes.f_view([-1, 2])?;
     let high = pairs.f_select(1, 0)?.f_bitwise_left_shift_tensor_scalar(4)?;

@@ -1,0 +1,107 @@
+//! The scales of blocks, as they are or quantised themselves.
+
+use super::Parts;
+use super::blocks::quantize_blocks;
+use crate::error::Result;
+use crate::ffi::bytes;
+use crate::ffi::shared::SharedTensor;
+use crate::quant::dynamic_map::dynamic_map;
+use tch::{Kind, Tensor};
+
+/// Scales that share a scale of their own under double quantisation.
+pub(crate) const NESTED_BLOCK: i64 = 256;
+
+/// One scale per block.
+#[derive(Debug)]
+pub(super) enum Scales {
+    /// f32 (blocks).
+    Plain(SharedTensor),
+    /// `map[codes[b]] · nested[b / 256] + offset`
+    Double {
+        /// u8 (blocks).
+        codes: SharedTensor,
+        /// f32 (256).
+        map: SharedTensor,
+        /// f32 (⌈blocks / 256⌉).
+        nested: SharedTensor,
+        /// f32 scalar, the mean of the scales.
+        offset: SharedTensor,
+    },
+}
+
+impl Scales {
+    /// Quantises the scales around their mean.
+    pub(super) fn double(absmax: &Tensor) -> Result<Self> {
+        let mut offset = absmax.f_mean(Kind::Float)?;
+        if !f64::try_from(&offset)?.is_finite() {
+            // The sum overflowed; the mean of finite scales doesn't.
+            offset = absmax.f_mean(Kind::Double)?.f_to_kind(Kind::Float)?;
+        }
+        let map = dynamic_map(absmax.device())?;
+        let (codes, nested) = quantize_blocks(&absmax.f_sub(&offset)?, NESTED_BLOCK, &map)?;
+        Ok(Scales::Double {
+            codes: SharedTensor::new(codes),
+            map: SharedTensor::new(map),
+            nested: SharedTensor::new(nested),
+            offset: SharedTensor::new(offset),
+        })
+    }
+
+    /// Takes the scales of this many blocks.
+    pub(super) fn take(parts: &mut Parts, blocks: i64, double: bool) -> Result<Self> {
+        if !double {
+            return Ok(Scales::Plain(parts.take("weight.absmax", Kind::Float, &[blocks])?));
+        }
+        Ok(Scales::Double {
+            codes: parts.take("weight.absmax", Kind::Uint8, &[blocks])?,
+            map: parts.take("weight.nested_quant_map", Kind::Float, &[256])?,
+            nested: parts.take("weight.nested_absmax", Kind::Float, &[(blocks + NESTED_BLOCK - 1) / NESTED_BLOCK])?,
+            offset: parts.take("weight.nested_offset", Kind::Float, &[])?,
+        })
+    }
+
+    /// The tensors by bitsandbytes' names.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = (&'static str, Tensor)> {
+        match self {
+            Scales::Plain(absmax) => vec![("absmax", absmax.get())],
+            Scales::Double { codes, map, nested, offset } => vec![
+                ("absmax", codes.get()),
+                ("nested_quant_map", map.get()),
+                ("nested_absmax", nested.get()),
+                ("nested_offset", offset.get()),
+            ],
+        }
+        .into_iter()
+    }
+
+    /// Calls `f` with the scale of a block as a function of its number; on the
+    /// CPU.
+    pub(super) fn read<R>(&self, f: impl FnOnce(&(dyn Fn(usize) -> f32 + Sync)) -> Result<R>) -> Result<Result<R>> {
+        match self {
+            Scales::Plain(absmax) => bytes::read::<f32, _>(&absmax.get(), |absmax| f(&|b| absmax[b])),
+            Scales::Double { codes, map, nested, offset } => bytes::read::<u8, _>(&codes.get(), |codes| {
+                bytes::read::<f32, _>(&map.get(), |map| {
+                    bytes::read::<f32, _>(&nested.get(), |nested| {
+                        bytes::read::<f32, _>(&offset.get(), |offset| {
+                            let (block, offset) = (NESTED_BLOCK as usize, offset[0]);
+                            f(&|b| map[codes[b] as usize] * nested[b / block] + offset)
+                        })
+                    })
+                })
+            })???,
+        }
+    }
+
+    /// All scales as f32 (blocks).
+    pub(super) fn dense(&self) -> Result<Tensor> {
+        match self {
+            Scales::Plain(absmax) => Ok(absmax.get()),
+            Scales::Double { codes, map, nested, offset } => {
+                let codes = codes.get().f_to_kind(Kind::Int64)?;
+                let scale = nested.get().f_repeat_interleave_self_int(NESTED_BLOCK, 0, None)?;
+                let scale = scale.f_narrow(0, 0, codes.size1()?)?;
+                Ok(map.get().f_index_select(0, &codes)?.f_mul(&scale)?.f_add(&offset.get())?)
+            }
+        }
+    }
+}

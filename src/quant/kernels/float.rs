@@ -1,0 +1,101 @@
+//! The float types that the kernels read and write.
+
+use crate::ffi::bytes::Plain;
+use crate::ffi::simd::{LANES, Simd};
+use half::{bf16, f16};
+
+/// A dtype of tiles and activations.
+pub(crate) trait Float: Plain {
+    fn from_f32(value: f32) -> Self;
+    fn to_f32(self) -> f32;
+    /// Stores the nearest values of this type.
+    fn store<S: Simd>(s: S, v: S::V, to: &mut [Self; LANES]);
+}
+
+macro_rules! float {
+    ($($t:ty: $from:expr, $to:expr, $store:ident);*) => { $(impl Float for $t {
+        #[inline(always)]
+        fn from_f32(value: f32) -> Self {
+            $from(value)
+        }
+
+        #[inline(always)]
+        fn to_f32(self) -> f32 {
+            $to(self)
+        }
+
+        #[inline(always)]
+        fn store<S: Simd>(s: S, v: S::V, to: &mut [Self; LANES]) {
+            s.$store(v, to);
+        }
+    })* };
+}
+float! {
+    f32: |v| v, |v| v, store;
+    bf16: bf16::from_f32, bf16::to_f32, store_bf16;
+    f16: f16::from_f32, f16::to_f32, store_f16
+}
+
+/// The dtype of a weight, which its values are rounded to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Dtype {
+    /// The nearest values of this dtype.
+    #[inline(always)]
+    pub(super) fn round<S: Simd>(self, s: S, v: S::V) -> S::V {
+        match self {
+            Dtype::F32 => v,
+            Dtype::Bf16 => s.round_bf16(v),
+            Dtype::F16 => s.round_f16(v),
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn round_one(self, value: f32) -> f32 {
+        match self {
+            Dtype::F32 => value,
+            Dtype::Bf16 => bf16::from_f32(value).to_f32(),
+            Dtype::F16 => f16::from_f32(value).to_f32(),
+        }
+    }
+}
+
+/// Scales or shifts in the dtype of their weight.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Floats<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+impl Floats<'_> {
+    pub(super) fn dtype(&self) -> Dtype {
+        match self {
+            Floats::F32(_) => Dtype::F32,
+            Floats::Bf16(_) => Dtype::Bf16,
+            Floats::F16(_) => Dtype::F16,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Floats::F32(v) => v.len(),
+            Floats::Bf16(v) => v.len(),
+            Floats::F16(v) => v.len(),
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn at(&self, i: usize) -> f32 {
+        match self {
+            Floats::F32(v) => v[i],
+            Floats::Bf16(v) => v[i].to_f32(),
+            Floats::F16(v) => v[i].to_f32(),
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! How each family of formats turns its bytes into values.
+//!
+//! A format is a flat weight in blocks of consecutive elements that share
+//! something: a scale, or a table of the values that a code can mean. The
+//! table is worth it: rounding to the weight's dtype happens once for each of
+//! its 16 entries instead of for every element.
+
+use super::{Dtype, Floats};
+use crate::ffi::simd::{LANES, Portable, Simd};
+use std::marker::PhantomData;
+
+/// The bytes and scales of a packed weight, as slices.
+///
+/// Values are those of the dtype that the weight had, held as f32.
+pub(crate) trait Format: Sync {
+    /// What the elements of a block share, and their bytes.
+    type Block<S: Simd>: Copy;
+
+    /// Elements of a block; the last block may be short.
+    fn block_len(&self) -> usize;
+
+    /// Prepares block `index`.
+    fn block<S: Simd>(&self, s: S, index: usize) -> Self::Block<S>;
+
+    /// The elements `16 i .. 16 i + 16` of a block, which must be there.
+    fn values<S: Simd>(&self, s: S, block: &Self::Block<S>, i: usize) -> S::V;
+
+    /// The element at `at` of a block, for what is left over.
+    fn value(&self, index: usize, at: usize) -> f32;
+}
+
+/// The scales of [`Codes`], one for each block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Scales<'a> {
+    Plain(&'a [f32]),
+    /// Quantised themselves: `map[codes[b]] · nested[b / nested_block] + offset`.
+    Double {
+        codes: &'a [u8],
+        map: &'a [f32],
+        nested: &'a [f32],
+        nested_block: usize,
+        offset: f32,
+    },
+}
+
+impl Scales<'_> {
+    #[inline(always)]
+    fn at(&self, block: usize) -> f32 {
+        match self {
+            Scales::Plain(scales) => scales[block],
+            Scales::Double { codes, map, nested, nested_block, offset } => {
+                map[usize::from(codes[block])] * nested[block / nested_block] + offset
+            }
+        }
+    }
+}
+
+/// bitsandbytes' 4 bits: `code[q] · scale` with an f32 scale for each block,
+/// rounded to the dtype; the even element of a pair is the high nibble.
+#[derive(Debug)]
+pub(crate) struct Codes<'a> {
+    pub(crate) bytes: &'a [u8],
+    pub(crate) scales: Scales<'a>,
+    pub(crate) code: &'a [f32; LANES],
+    /// Even, so that no byte is in two blocks.
+    pub(crate) block: usize,
+    pub(crate) dtype: Dtype,
+}
+
+/// A table of values, and bytes of two codes each.
+#[derive(Clone, Copy)]
+pub(crate) struct Nibbles<'a, V> {
+    table: V,
+    bytes: &'a [[u8; LANES / 2]],
+}
+
+impl<'a> Format for Codes<'a> {
+    type Block<S: Simd> = Nibbles<'a, S::V>;
+
+    #[inline(always)]
+    fn block_len(&self) -> usize {
+        self.block
+    }
+
+    #[inline(always)]
+    fn block<S: Simd>(&self, s: S, index: usize) -> Nibbles<'a, S::V> {
+        let scale = s.splat(self.scales.at(index));
+        let table = self.dtype.round(s, s.mul(s.load(self.code), scale));
+        let start = index * (self.block / 2);
+        let end = (start + self.block / 2).min(self.bytes.len());
+        Nibbles { table, bytes: self.bytes[start..end].as_chunks().0 }
+    }
+
+    #[inline(always)]
+    fn values<S: Simd>(&self, s: S, block: &Nibbles<'a, S::V>, i: usize) -> S::V {
+        s.look_up_nibbles(block.table, &block.bytes[i])
+    }
+
+    fn value(&self, index: usize, at: usize) -> f32 {
+        let byte = self.bytes[(index * self.block + at) / 2];
+        let code = if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
+        self.dtype.round_one(self.code[usize::from(code)] * self.scales.at(index))
+    }
+}
+
+/// How a byte is read as a number.
+pub(crate) trait Byte: Sync {
+    fn widen<S: Simd>(s: S, bytes: &[u8; LANES]) -> S::V;
+}
+
+/// A signed integer.
+#[derive(Debug)]
+pub(crate) struct I8;
+/// A float with 4 exponent bits, `e4m3fn`.
+#[derive(Debug)]
+pub(crate) struct E4m3;
+/// A float with 5 exponent bits.
+#[derive(Debug)]
+pub(crate) struct E5m2;
+
+impl Byte for I8 {
+    #[inline(always)]
+    fn widen<S: Simd>(s: S, bytes: &[u8; LANES]) -> S::V {
+        s.from_i8(bytes)
+    }
+}
+
+impl Byte for E4m3 {
+    #[inline(always)]
+    fn widen<S: Simd>(s: S, bytes: &[u8; LANES]) -> S::V {
+        s.from_e4m3(bytes)
+    }
+}
+
+impl Byte for E5m2 {
+    #[inline(always)]
+    fn widen<S: Simd>(s: S, bytes: &[u8; LANES]) -> S::V {
+        s.from_e5m2(bytes)
+    }
+}
+
+/// A byte for each element and a scale of the weight's dtype for each row:
+/// `q · scale`, rounded to the dtype.
+#[derive(Debug)]
+pub(crate) struct Bytes<'a, B> {
+    bytes: &'a [u8],
+    scales: Floats<'a>,
+    dtype: Dtype,
+    row: usize,
+    read: PhantomData<fn() -> B>,
+}
+
+impl<'a, B: Byte> Bytes<'a, B> {
+    /// `row` is the number of elements in a row.
+    pub(crate) fn new(bytes: &'a [u8], scales: Floats<'a>, row: usize) -> Self {
+        Bytes { bytes, scales, dtype: scales.dtype(), row, read: PhantomData }
+    }
+}
+
+/// A scale, and bytes of one number each.
+#[derive(Clone, Copy)]
+pub(crate) struct Scaled<'a, V> {
+    scale: V,
+    bytes: &'a [[u8; LANES]],
+}
+
+impl<'a, B: Byte> Format for Bytes<'a, B> {
+    type Block<S: Simd> = Scaled<'a, S::V>;
+
+    #[inline(always)]
+    fn block_len(&self) -> usize {
+        self.row
+    }
+
+    #[inline(always)]
+    fn block<S: Simd>(&self, s: S, index: usize) -> Scaled<'a, S::V> {
+        let start = index * self.row;
+        let bytes = self.bytes[start..start + self.row].as_chunks().0;
+        Scaled { scale: s.splat(self.scales.at(index)), bytes }
+    }
+
+    #[inline(always)]
+    fn values<S: Simd>(&self, s: S, block: &Scaled<'a, S::V>, i: usize) -> S::V {
+        self.dtype.round(s, s.mul(B::widen(s, &block.bytes[i]), block.scale))
+    }
+
+    fn value(&self, index: usize, at: usize) -> f32 {
+        let number = B::widen(Portable, &[self.bytes[index * self.row + at]; LANES])[0];
+        self.dtype.round_one(number * self.scales.at(index))
+    }
+}
+
+/// optimum-quanto's 4 and 2 bits: `scale · q − shift` in the weight's dtype for
+/// each group, the rows of the grouped matrix packed one part over the other.
+///
+/// With R = ⌈groups · bits / 8⌉, byte row r holds group r in its lowest bits,
+/// then group r + R, and so on.
+#[derive(Debug)]
+pub(crate) struct Groups<'a> {
+    bytes: &'a [u8],
+    scales: Floats<'a>,
+    shifts: Floats<'a>,
+    dtype: Dtype,
+    group: usize,
+    bits: usize,
+    /// R.
+    packed_rows: usize,
+}
+
+impl<'a> Groups<'a> {
+    /// `bits` is 4 or 2.
+    pub(crate) fn new(bytes: &'a [u8], scales: Floats<'a>, shifts: Floats<'a>, group: usize, bits: usize) -> Self {
+        let packed_rows = scales.len().div_ceil(8 / bits);
+        Groups { bytes, scales, shifts, dtype: scales.dtype(), group, bits, packed_rows }
+    }
+
+    /// Where the bytes of a group start, and how far up its bits are.
+    #[inline(always)]
+    fn place(&self, index: usize) -> (usize, u32) {
+        let part = index / self.packed_rows;
+        ((index - part * self.packed_rows) * self.group, (part * self.bits) as u32)
+    }
+
+    /// The 16 values that four bits can mean; of two bits, the upper ones of
+    /// which are another group's, the four values over and over.
+    #[inline(always)]
+    fn table<S: Simd>(&self, s: S, index: usize) -> S::V {
+        const FOUR: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+        const TWO: [f32; LANES] = [0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3.];
+        let codes = s.load(if self.bits == 4 { &FOUR } else { &TWO });
+        let scaled = self.dtype.round(s, s.mul(codes, s.splat(self.scales.at(index))));
+        self.dtype.round(s, s.sub(scaled, s.splat(self.shifts.at(index))))
+    }
+}
+
+/// A table of values, and bytes with a code at `shift` in each.
+#[derive(Clone, Copy)]
+pub(crate) struct Fields<'a, V> {
+    table: V,
+    bytes: &'a [[u8; LANES]],
+    shift: u32,
+}
+
+impl<'a> Format for Groups<'a> {
+    type Block<S: Simd> = Fields<'a, S::V>;
+
+    #[inline(always)]
+    fn block_len(&self) -> usize {
+        self.group
+    }
+
+    #[inline(always)]
+    fn block<S: Simd>(&self, s: S, index: usize) -> Fields<'a, S::V> {
+        let (start, shift) = self.place(index);
+        Fields { table: self.table(s, index), bytes: self.bytes[start..start + self.group].as_chunks().0, shift }
+    }
+
+    #[inline(always)]
+    fn values<S: Simd>(&self, s: S, block: &Fields<'a, S::V>, i: usize) -> S::V {
+        s.look_up_field(block.table, &block.bytes[i], block.shift)
+    }
+
+    fn value(&self, index: usize, at: usize) -> f32 {
+        let (start, shift) = self.place(index);
+        let code = self.bytes[start + at] >> shift & ((1 << self.bits) - 1);
+        let scaled = self.dtype.round_one(f32::from(code) * self.scales.at(index));
+        self.dtype.round_one(scaled - self.shifts.at(index))
+    }
+}

@@ -1,0 +1,67 @@
+//! CPU kernels over plain slices: unpacking, and products with few rows.
+//!
+//! A [`Format`] says how bytes become values; the kernels are written once for
+//! all formats and compiled for each instruction set (`ffi::simd`). They know
+//! no tensors and take no decisions: the schemes lend their slices, and
+//! `linear` chooses between a product here and a tile for libtorch.
+//!
+//! Unpacked values are the same bits on every instruction set. Sums are in f32;
+//! their order is that of the instruction set, so that products agree within
+//! the rounding of an f32 sum: at most `in · 2⁻²⁴` of `Σ |x · w|`.
+
+mod few;
+mod float;
+mod formats;
+mod unpack;
+
+pub(crate) use float::{Dtype, Float, Floats};
+pub(crate) use formats::{Bytes, Codes, E4m3, E5m2, Format, Groups, I8, Scales};
+pub(crate) use unpack::{Tile, unpack};
+
+use crate::error::Result;
+
+/// Whether [`product`] and [`product_transposed`] can do a weight with rows of
+/// `inn` elements.
+pub(crate) fn fits<F: Format>(format: &F, inn: usize) -> bool {
+    few::fits(format, inn)
+}
+
+/// Calls a kernel for 8, 4, 2 or 1 rows at a time.
+macro_rules! by_rows {
+    ($kernel:ident, $format:expr, $shape:expr, $from:expr, $width:expr, $to:expr, $to_width:expr) => {{
+        let (mut from, mut to) = ($from, $to);
+        while !from.is_empty() {
+            let rows = match from.len() / $width {
+                0..2 => 1,
+                2..4 => 2,
+                4..8 => 4,
+                _ => 8,
+            };
+            let (x, from_rest) = from.split_at(rows * $width);
+            let (y, to_rest) = to.split_at_mut(rows * $to_width);
+            match rows {
+                1 => few::$kernel::<F, T, 1>($format, $shape, x, y)?,
+                2 => few::$kernel::<F, T, 2>($format, $shape, x, y)?,
+                4 => few::$kernel::<F, T, 4>($format, $shape, x, y)?,
+                _ => few::$kernel::<F, T, 8>($format, $shape, x, y)?,
+            }
+            (from, to) = (from_rest, to_rest);
+        }
+        Ok(())
+    }};
+}
+
+/// y = x · Wᵀ: x (n, in), y (n, out), row-major, of a weight that [`fits`].
+pub(crate) fn product<F: Format, T: Float>(format: &F, shape: [usize; 2], x: &[T], y: &mut [T]) -> Result<()> {
+    by_rows!(product, format, shape, x, shape[1], y, shape[0])
+}
+
+/// dX = g · W: g (n, out), dx (n, in), row-major, of a weight that [`fits`].
+pub(crate) fn product_transposed<F: Format, T: Float>(
+    format: &F,
+    shape: [usize; 2],
+    g: &[T],
+    dx: &mut [T],
+) -> Result<()> {
+    by_rows!(product_transposed, format, shape, g, shape[0], dx, shape[1])
+}
