@@ -5,13 +5,14 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use common::{assert_close, peer, python, read, rng};
 use serde_json::Value;
 use tch::{Kind, Tensor};
-use tch_peft::{Base, LoraModel, QuantConfig, TorchScript, WeightRole};
+use tch_peft::{Base, InitLoraWeights, LoraConfig, LoraModel, QuantConfig, TorchScript, WeightRole};
 
 const STEPS: usize = 3;
 /// As in layers_reference.py.
@@ -61,6 +62,18 @@ fn follow_one(dir: &Path, case: &Value) {
     let folder = dir.join(name);
     let record = read(folder.join("record.safetensors"));
     let mut model = LoraModel::init_lora(base(&folder, case), folder.join("adapter")).unwrap();
+    follow_steps(name, &mut model, &record, tolerance);
+    let close_again = |model: LoraModel<TorchScript>| {
+        let found = tch::no_grad(|| model.forward(&record["0.x"]).unwrap());
+        assert_close(&format!("{name}: trained"), &found, &record["trained"], tolerance);
+    };
+    // PEFT's file of the trained adapter, and our own, on a new base.
+    close_again(LoraModel::from_pretrained(base(&folder, case), folder.join("trained")).unwrap());
+    model.save_pretrained(folder.join("ours")).unwrap();
+    close_again(LoraModel::from_pretrained(base(&folder, case), folder.join("ours")).unwrap());
+}
+
+fn follow_steps(name: &str, model: &mut LoraModel<TorchScript>, record: &BTreeMap<String, Tensor>, tolerance: f64) {
     for step in 0..STEPS {
         let at = |what: &str| &record[&format!("{step}.{what}")];
         let close = |what: &str, found: &Tensor| {
@@ -116,4 +129,31 @@ fn transposed_weights_follow_peft() {
 #[test]
 fn dora_follows_peft() {
     follow("dora");
+}
+
+/// The initialisations that are taken out of the base: a new adapter starts as PEFT's does, and
+/// loading one takes the same part out of the base again.
+#[test]
+fn initialisations_follow_peft() {
+    follow("init");
+    let Some(dir) = fixtures() else { return };
+    for (case, init, targets, turned) in [
+        ("init_pissa", InitLoraWeights::Pissa, vec!["up"], false),
+        ("init_olora", InitLoraWeights::Olora, vec!["up"], false),
+        ("init_pissa_gpt", InitLoraWeights::Pissa, vec!["c_fc", "c_proj"], true),
+    ] {
+        let folder = dir.join(format!("{case}-dense-float32"));
+        let record = read(folder.join("record.safetensors"));
+        let config = LoraConfig::builder().r(4).lora_alpha(8.0).target_modules(targets).fan_in_fan_out(turned);
+        let config = config.init_lora_weights(init).build().unwrap();
+        let base = || Base::torchscript(folder.join("model.pt")).unwrap();
+        let before = base().fingerprint().unwrap();
+        let mut model = LoraModel::wrap(base(), config.clone()).unwrap();
+        // The base's identity is that of what is left of it, and the same for every new start.
+        let after = model.base().fingerprint().unwrap();
+        assert_ne!(after, before, "{case}");
+        assert_eq!(LoraModel::wrap(base(), config.clone()).unwrap().base().fingerprint().unwrap(), after, "{case}");
+        assert!(model.add_adapter("second", config).is_err(), "{case}: the base can't be changed twice");
+        follow_steps(case, &mut model, &record, 1e-5);
+    }
 }

@@ -111,7 +111,7 @@ impl<M> Base<M> {
     /// [`Base::quantize`] for a base that is wrapped already.
     pub(crate) fn quantize_in_place(&mut self, config: &QuantConfig) -> Result<()> {
         self.report = self.weights.quantize(config, &mut QuantizeOptions::new())?;
-        self.fingerprint = OnceLock::new();
+        self.has_changed();
         Ok(())
     }
 
@@ -119,6 +119,11 @@ impl<M> Base<M> {
     /// are no longer quantised.
     pub(crate) fn note_changes(&mut self, still: impl Fn(&str) -> bool) {
         self.report.retain(still);
+        self.fingerprint = OnceLock::new();
+    }
+
+    /// Weights were replaced: the identity must be taken anew.
+    pub(crate) fn has_changed(&mut self) {
         self.fingerprint = OnceLock::new();
     }
 
@@ -170,7 +175,7 @@ impl<M> Base<M> {
     /// weights are undefined afterwards.
     pub fn load_quantized(mut self, path: impl AsRef<Path>) -> Result<Self> {
         self.report = disk::load(&self.weights, path.as_ref())?;
-        self.fingerprint = OnceLock::new();
+        self.has_changed();
         Ok(self)
     }
 

@@ -1,13 +1,13 @@
 //! The two factors of ΔW = s · B · A and what goes with them.
 
+use super::init::Start;
 use super::layer::{LayerSpec, Switches};
 use crate::error::Result;
 use crate::ffi::hook::Operator;
 use crate::ffi::shared::SharedTensor;
-use crate::quant::PackedWeight;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// A and B, trainable, in whatever shapes the layer has them.
 #[derive(Debug)]
@@ -22,19 +22,13 @@ pub(super) struct Factors {
 }
 
 impl Factors {
-    pub(super) fn new(spec: &LayerSpec, weight: &dyn PackedWeight, switches: Arc<Switches>) -> Result<Self> {
-        let kind = spec.kind.unwrap_or(match weight.kind() {
-            Kind::Double => Kind::Double,
-            _ => Kind::Float,
-        });
-        let sizes = spec.factor_sizes(weight.sizes())?;
-        let (a, b, bias) = super::init::initial(spec, sizes, (kind, weight.device()))?;
+    pub(super) fn new(start: Start, spec: &LayerSpec, switches: Arc<Switches>) -> Result<Self> {
         let trainable =
             |tensor: Tensor| -> Result<SharedTensor> { Ok(SharedTensor::new(tensor.f_set_requires_grad(true)?)) };
         Ok(Factors {
-            a: trainable(a)?,
-            b: trainable(b)?,
-            bias: bias.map(trainable).transpose()?,
+            a: trainable(start.a)?,
+            b: trainable(start.b)?,
+            bias: start.bias.map(trainable).transpose()?,
             scaling: AtomicU64::new(spec.scaling.to_bits()),
             dropout: spec.dropout,
             switches,

@@ -9,7 +9,7 @@ use super::linear::LoraLinear;
 use crate::base::Adapter;
 use crate::error::{Error, Result};
 use crate::ffi::hook::Operator;
-use crate::quant::PackedWeight;
+use crate::quant::{PackedWeight, Scheme};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use tch::{Kind, Tensor};
@@ -114,6 +114,28 @@ pub(crate) enum LayerForm {
     Conv { groups: i64 },
 }
 
+/// How the `loftq` initialisation quantises a weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LoftQ {
+    pub(crate) scheme: Scheme,
+    pub(crate) iterations: i64,
+}
+
+/// PEFT's default: nf4, once.
+impl Default for LoftQ {
+    fn default() -> Self {
+        LoftQ { scheme: Scheme::NF4, iterations: 1 }
+    }
+}
+
+/// A new adapter, and what its start did to the weight.
+#[derive(Debug)]
+pub(crate) struct Built {
+    pub(crate) layer: Arc<dyn LoraLayer>,
+    /// Takes the weight's place when the adapter is attached.
+    pub(crate) residual: Option<Arc<dyn PackedWeight>>,
+}
+
 /// What the adapter of one layer is made from, all patterns resolved.
 #[derive(Debug, Clone)]
 pub(crate) struct LayerSpec {
@@ -127,24 +149,34 @@ pub(crate) struct LayerSpec {
     /// Whether magnitude and direction are trained apart.
     pub(crate) use_dora: bool,
     pub(crate) init: InitLoraWeights,
+    /// What `loftq` quantises to.
+    pub(crate) loftq: LoftQ,
     /// The adapter's dtype; by default f32, as PEFT's is, also on a weight of
     /// bf16 or f16.
     pub(crate) kind: Option<Kind>,
 }
 
 impl LayerSpec {
-    /// A new, trainable adapter beside the weight.
+    /// A new, trainable adapter for the weight, which isn't changed yet.
     ///
     /// # Errors
     /// [`Error::Config`] for a combination that makes no sense.
-    pub(crate) fn build(&self, weight: &Arc<dyn PackedWeight>, switches: &Arc<Switches>) -> Result<Arc<dyn LoraLayer>> {
+    pub(crate) fn build(&self, weight: &Arc<dyn PackedWeight>, switches: &Arc<Switches>) -> Result<Built> {
         self.check()?;
-        let factors = Factors::new(self, weight.as_ref(), Arc::clone(switches))?;
-        match self.form {
+        let kind = self.kind.unwrap_or(match weight.kind() {
+            Kind::Double => Kind::Double,
+            _ => Kind::Float,
+        });
+        let mut start = super::init::start(self, weight, kind)?;
+        let residual = start.residual.take();
+        let weight = residual.as_ref().unwrap_or(weight);
+        let factors = Factors::new(start, self, Arc::clone(switches))?;
+        let layer = match self.form {
             LayerForm::Linear { fan_in_fan_out } => self.finish(LoraLinear::new(factors, fan_in_fan_out), weight),
             LayerForm::Embedding => self.finish(LoraEmbedding::new(factors), weight),
             LayerForm::Conv { groups } => self.finish(LoraConv::new(factors, groups), weight),
-        }
+        }?;
+        Ok(Built { layer, residual })
     }
 
     fn finish<L: Factored + 'static>(&self, layer: L, weight: &Arc<dyn PackedWeight>) -> Result<Arc<dyn LoraLayer>> {

@@ -21,7 +21,7 @@ pub use config::{
     Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
     TokenIndices,
 };
-pub(crate) use layer::{LayerForm, LayerSpec, LoraLayer, Switches};
+pub(crate) use layer::{Built, LayerForm, LayerSpec, LoftQ, LoraLayer, Switches};
 pub(crate) use replace::Replacement;
 pub(crate) use target::resolve;
 pub(crate) use tokens::TokenRows;

@@ -5,10 +5,11 @@ use crate::base::{Adapter, Base, Site, WeightRole};
 use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft};
 use crate::lora::{
-    self, Bias, InitLoraWeights, LayerForm, LayerSettings, LayerSpec, LoraConfig, LoraLayer, Replacement, Switches,
-    TargetModules, TokenIndices, TokenRows,
+    self, Bias, Built, InitLoraWeights, LayerForm, LayerSettings, LayerSpec, LoftQ, LoraConfig, LoraLayer, Replacement,
+    Switches, TargetModules, TokenIndices, TokenRows,
 };
 use crate::names;
+use crate::quant::{PackedWeight, Scheme};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
@@ -35,6 +36,9 @@ pub(super) struct NamedAdapter {
     /// What its scales are multiplied by.
     pub(super) scale: f64,
     pub(super) report: Option<LoadReport>,
+    /// What takes the place of weights that its initialisation was taken out
+    /// of; empty once that is done.
+    pub(super) residuals: Vec<(Arc<Site>, Arc<dyn PackedWeight>)>,
 }
 
 /// A and B on one weight.
@@ -88,6 +92,7 @@ impl NamedAdapter {
         let settings = config.layer_settings(chosen.iter().map(|(path, _)| *path));
 
         let mut taken = HashSet::new();
+        let mut residuals = Vec::new();
         let mut layers: Vec<Layer> = Vec::with_capacity(chosen.len());
         for ((path, weight), settings) in chosen.into_iter().zip(settings) {
             let site = weight.site_or_attach()?;
@@ -97,8 +102,9 @@ impl NamedAdapter {
                 return Err(Error::config("target_modules", "one name of a tied weight", found));
             }
             let spec = layer_spec(&config, settings, init, weight.role, path)?;
-            let lora = spec.build(&site.frozen(), switches)?;
-            layers.push(Layer { path: path.to_string(), site, lora, settings });
+            let Built { layer, residual } = spec.build(&site.frozen(), switches)?;
+            residuals.extend(residual.map(|residual| (Arc::clone(&site), residual)));
+            layers.push(Layer { path: path.to_string(), site, lora: layer, settings });
         }
         let saved = saved(base, &config, &targets, switches)?;
         for copy in &saved {
@@ -119,8 +125,9 @@ impl NamedAdapter {
         if config.target_modules == Some(TargetModules::AllLinear) {
             config.target_modules = Some(TargetModules::List(targets));
         }
-        let name = name.into();
-        Ok(NamedAdapter { name, config, layers, saved, tokens, trainable: true, scale: 1.0, report: None })
+        let name = name.to_string();
+        let report = None;
+        Ok(NamedAdapter { name, config, layers, saved, tokens, trainable: true, scale: 1.0, report, residuals })
     }
 
     /// Every weight that it changes, with what changes it.
@@ -217,8 +224,26 @@ fn layer_spec(
         lora_bias: config.lora_bias,
         use_dora: config.use_dora,
         init,
+        loftq: loftq(config)?,
         kind: config.dtype,
     })
+}
+
+/// PEFT's `loftq_config`: the bits and the number of iterations.
+fn loftq(config: &LoraConfig) -> Result<LoftQ> {
+    let field = |key: &str, default: i64| {
+        let value = config.other("loftq_config").and_then(|fields| fields.get(key));
+        value.map_or(Some(default), serde_json::Value::as_i64).unwrap_or(-1)
+    };
+    let scheme = match field("loftq_bits", 4) {
+        4 => LoftQ::default().scheme,
+        8 => Scheme::Int8,
+        bits => return Err(Error::config("loftq_config", "loftq_bits of 4 or 8", bits)),
+    };
+    match field("loftq_iter", 1) {
+        iterations if iterations >= 1 => Ok(LoftQ { scheme, iterations }),
+        iterations => Err(Error::config("loftq_config", "a loftq_iter of at least 1", iterations)),
+    }
 }
 
 /// The tables of which rows are trained.

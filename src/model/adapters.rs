@@ -83,6 +83,7 @@ impl<M> LoraModel<M> {
 
     /// Takes a new adapter in, inactive.
     pub(super) fn push(&mut self, adapter: NamedAdapter) -> Result<()> {
+        refuse_residuals(&adapter)?;
         adapter.require_grad(false)?;
         self.others.push(adapter);
         self.sync()
@@ -90,6 +91,7 @@ impl<M> LoraModel<M> {
 
     /// Puts an adapter in the place of the one with its name.
     pub(super) fn swap(&mut self, name: &str, mut new: NamedAdapter) -> Result<()> {
+        refuse_residuals(&new)?;
         let exchange = |model: &mut Self, new: &mut NamedAdapter| {
             if let Some(old) = model.all_mut().find(|adapter| adapter.name == name) {
                 std::mem::swap(old, new);
@@ -258,4 +260,15 @@ impl<M> LoraModel<M> {
     pub(super) fn check_rows(&self, names: &[&str]) -> Result<()> {
         names.iter().filter(|name| **name != BASE_ROW).try_for_each(|name| self.named(name).map(|_| ()))
     }
+}
+
+/// An initialisation that changes the base would change the other adapters
+/// with it, or change the base twice.
+fn refuse_residuals(adapter: &NamedAdapter) -> Result<()> {
+    if adapter.residuals.is_empty() {
+        return Ok(());
+    }
+    let found = format!("{:?}", adapter.config.init_lora_weights.name().unwrap_or_default());
+    let expected = "one that leaves the base as it is, for an adapter that isn't a model's first";
+    Err(Error::config("init_lora_weights", expected, found))
 }

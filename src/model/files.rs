@@ -164,8 +164,11 @@ fn read<M>(name: &str, base: &Base<M>, folder: &Path, switches: &Arc<Switches>) 
     let mut tensors = safetensors::read(&path)?;
     let base_copies = take_base_copies(base, &mut tensors)?;
     // The values are loaded over the initial ones: any will do, and PEFT's
-    // `false` alone would cost a second draw.
-    let mut adapter = NamedAdapter::build(name, base, config, InitLoraWeights::Default, switches)?;
+    // `false` alone would cost a second draw. But what an initialisation took
+    // out of the base must be taken out again.
+    let init =
+        if config.init_lora_weights.changes_base() { config.init_lora_weights } else { InitLoraWeights::Default };
+    let mut adapter = NamedAdapter::build(name, base, config, init, switches)?;
     let parameters = adapter.tensors();
     check_tensors(&parameters, &path, &tensors)?;
     let loaded = tensors.keys().cloned().collect();

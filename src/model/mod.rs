@@ -91,15 +91,21 @@ impl<M> LoraModel<M> {
     }
 
     /// A model with the first adapter that `build` makes.
-    fn start(base: Base<M>, build: impl FnOnce(&Base<M>, &Arc<Switches>) -> Result<NamedAdapter>) -> Result<Self> {
+    fn start(mut base: Base<M>, build: impl FnOnce(&Base<M>, &Arc<Switches>) -> Result<NamedAdapter>) -> Result<Self> {
         for weight in base.weights().iter() {
             if weight.site().is_some_and(|site| site.is_adapted()) {
                 return Err(Error::AlreadyAdapted { name: weight.name.clone() });
             }
         }
         let switches = Arc::new(Switches::default());
-        let first = build(&base, &switches)?;
+        let mut first = build(&base, &switches)?;
         base.weights().freeze()?;
+        if !first.residuals.is_empty() {
+            for (site, residual) in first.residuals.drain(..) {
+                site.replace_frozen(residual);
+            }
+            base.has_changed();
+        }
         let active = vec![first.name.clone()];
         let mixed = Arc::new(AtomicBool::new(false));
         let model = LoraModel { base, first, others: Vec::new(), active, merged: Vec::new(), switches, mixed };

@@ -11,6 +11,14 @@ use crate::ffi::autograd::{self, Backward};
 use crate::ffi::runtime::autocast_kind;
 use tch::{Kind, Tensor};
 
+/// A dense weight as the matrix that products see.
+fn dense_matrix(weight: &dyn PackedWeight) -> Result<Option<Tensor>> {
+    match weight.as_dense() {
+        Some(dense) if dense.dim() != 2 => Ok(Some(dense.f_view(weight.shape())?)),
+        dense => Ok(dense),
+    }
+}
+
 /// Rows up to which the kernels' own products are the faster ones: beyond, a
 /// tile is unpacked once for all rows. libtorch's products of 16-bit numbers
 /// win earlier, with twice the arithmetic in an instruction or more.
@@ -24,7 +32,7 @@ fn few(kind: Kind) -> i64 {
 pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (kind, [out, inn]) = (x.f_kind()?, weight.shape());
     let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
-    if let Some(dense) = weight.as_dense() {
+    if let Some(dense) = dense_matrix(weight)? {
         return gemm::linear(x, &dense.f_to_kind(kind)?, bias.as_ref());
     }
     let add = |mut y: Tensor| match &bias {
@@ -52,7 +60,7 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
 /// Sums are in f32, or f64 for such g.
 pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Result<Tensor> {
     let (kind, [out, inn]) = (g.f_kind()?, weight.shape());
-    if let Some(dense) = weight.as_dense() {
+    if let Some(dense) = dense_matrix(weight)? {
         return gemm::multiply(g, &dense.f_to_kind(kind)?);
     }
     let n = g.size2()?.0;

@@ -47,7 +47,9 @@ impl LoraConfig {
             lacks(key, self.other.get(key).cloned().unwrap_or(Value::Null));
         }
         let init = self.init_lora_weights;
-        if !matches!(init, InitLoraWeights::Default | InitLoraWeights::Gaussian | InitLoraWeights::Random) {
+        // These need inputs or gradients of the model, or a factor that stays frozen.
+        use InitLoraWeights::{Corda, Eva, LoraGa, Mica};
+        if matches!(init, Corda | Eva | LoraGa | Mica) {
             lacks("init_lora_weights", json!(init.name()));
         }
         lacks("ensure_weight_tying", json!(self.ensure_weight_tying));

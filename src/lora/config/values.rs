@@ -112,6 +112,12 @@ impl InitLoraWeights {
         INITS.iter().find(|(known, _)| *known == name).map(|(_, init)| *init)
     }
 
+    /// Whether A and B are taken out of the weight, so that the base changes.
+    pub(crate) fn changes_base(self) -> bool {
+        use InitLoraWeights::*;
+        matches!(self, Pissa | PissaNiter(_) | Olora | Loftq | Corda | LoraGa)
+    }
+
     /// Its name, or `None` for PEFT's `true` and `false`.
     pub(crate) fn name(self) -> Option<String> {
         match self {

@@ -1,13 +1,49 @@
 //! How A and B start.
+//!
+//! `draw` has the initialisations that need nothing but random numbers,
+//! `decompose` those that are made from the weight and may change it.
+
+mod decompose;
 
 use super::InitLoraWeights;
 use super::layer::{LayerForm, LayerSpec};
 use crate::error::{Error, Result};
+use crate::quant::PackedWeight;
+use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
+
+/// What an adapter starts from.
+#[derive(Debug)]
+pub(super) struct Start {
+    pub(super) a: Tensor,
+    pub(super) b: Tensor,
+    /// The bias of `lora_B`, if there is one.
+    pub(super) bias: Option<Tensor>,
+    /// What takes the weight's place, where A and B were taken out of it.
+    pub(super) residual: Option<Arc<dyn PackedWeight>>,
+}
+
+/// The start of an adapter on this weight, in `kind`. Nothing is changed yet.
+pub(super) fn start(spec: &LayerSpec, weight: &Arc<dyn PackedWeight>, kind: Kind) -> Result<Start> {
+    let sizes = spec.factor_sizes(weight.sizes())?;
+    match spec.init {
+        InitLoraWeights::Default | InitLoraWeights::Gaussian | InitLoraWeights::Random => {
+            let (a, b, bias) = draw(spec, sizes, (kind, weight.device()))?;
+            Ok(Start { a, b, bias, residual: None })
+        }
+        init => {
+            let LayerForm::Linear { fan_in_fan_out } = spec.form else {
+                let found = format!("{:?} for {:?}", init.name().unwrap_or_default(), spec.form);
+                return Err(Error::config("init_lora_weights", "true, false or \"gaussian\" for this layer", found));
+            };
+            decompose::start(spec, weight, fan_in_fan_out, kind)
+        }
+    }
+}
 
 /// New A and B of these sizes and the bias of `lora_B` if there is one, drawn
 /// from the device's default generator.
-pub(super) fn initial(
+fn draw(
     spec: &LayerSpec,
     (a, b): (Vec<i64>, Vec<i64>),
     options: (Kind, Device),
@@ -24,7 +60,6 @@ pub(super) fn initial(
         return Ok((a, b, bias));
     }
     match spec.init {
-        InitLoraWeights::Default => kaiming(&mut a)?,
         InitLoraWeights::Gaussian => drop(a.f_normal_(0.0, 1.0 / spec.r as f64)?),
         InitLoraWeights::Random => {
             kaiming(&mut a)?;
@@ -34,8 +69,7 @@ pub(super) fn initial(
                 let _ = bias.f_uniform_(-bound, bound)?;
             }
         }
-        // Refused by name before it comes to this.
-        other => return Err(Error::Unsupported { fields: vec![format!("init_lora_weights = {other:?}")] }),
+        _ => kaiming(&mut a)?,
     }
     Ok((a, b, bias))
 }
@@ -55,14 +89,24 @@ fn kaiming_bound(tensor: &Tensor) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::layer::LoftQ;
     use super::*;
 
     fn drawn(init: InitLoraWeights, [out, inn]: [i64; 2]) -> (Tensor, Tensor) {
         let form = LayerForm::Linear { fan_in_fan_out: false };
-        let spec =
-            LayerSpec { form, r: 16, scaling: 1.0, dropout: 0.0, lora_bias: false, use_dora: false, init, kind: None };
+        let spec = LayerSpec {
+            form,
+            r: 16,
+            scaling: 1.0,
+            dropout: 0.0,
+            lora_bias: false,
+            use_dora: false,
+            init,
+            loftq: LoftQ::default(),
+            kind: None,
+        };
         let sizes = spec.factor_sizes(&[out, inn]).unwrap();
-        let (a, b, _) = initial(&spec, sizes, (Kind::Float, Device::Cpu)).unwrap();
+        let (a, b, _) = draw(&spec, sizes, (Kind::Float, Device::Cpu)).unwrap();
         (a, b)
     }
 

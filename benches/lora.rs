@@ -1,0 +1,152 @@
+//! What adapting costs, against HF PEFT in a Python process of its own: rounds of the two take
+//! turns, and the figures are medians of the rounds.
+//!
+//!     cargo bench --bench lora
+//!
+//! One step is a forward and a backward pass of 64 linear layers of width 256 on 64 rows, in f32,
+//! with two threads. `TCH_PEFT_PYTHON` names the Python that has PEFT.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Instant;
+
+use tch::nn::{self, Module};
+use tch::{Device, Kind, Tensor};
+use tch_peft::{Base, LoraConfig, LoraModel};
+
+const LAYERS: usize = 64;
+const WIDTH: i64 = 256;
+const ROWS: i64 = 64;
+const ROUNDS: usize = 7;
+const STEPS: usize = 5;
+const CASES: [&str; 4] = ["base", "lora", "dropout", "dora"];
+
+/// PEFT, answering one line per command.
+struct Peer {
+    process: Child,
+    commands: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Peer {
+    fn start() -> Self {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let python = std::env::var_os("TCH_PEFT_PYTHON").map(PathBuf::from);
+        let python = python.unwrap_or_else(|| root.join("target/python/bin/python"));
+        let mut process = Command::new(python)
+            .arg(root.join("benches/lora_peer.py"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the Python that has PEFT");
+        let commands = process.stdin.take().expect("a pipe");
+        let answers = BufReader::new(process.stdout.take().expect("a pipe"));
+        Peer { process, commands, answers }
+    }
+
+    /// Seconds for one step of the case.
+    fn seconds(&mut self, case: &str, steps: usize) -> f64 {
+        writeln!(self.commands, "{case} {steps}").expect("a peer that listens");
+        let mut line = String::new();
+        self.answers.read_line(&mut line).expect("a peer that answers");
+        line.trim().parse().expect("seconds")
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+struct Net {
+    layers: Vec<nn::Linear>,
+}
+
+impl std::fmt::Debug for Net {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} layers", self.layers.len())
+    }
+}
+
+impl Module for Net {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        self.layers.iter().fold(x.shallow_clone(), |x, layer| x.apply(layer))
+    }
+}
+
+fn base(layers: usize, width: i64) -> Base<Net> {
+    let vs = nn::VarStore::new(Device::Cpu);
+    let layer = |i| nn::linear(vs.root() / "h" / i, width, width, Default::default());
+    let net = Net { layers: (0..layers).map(layer).collect() };
+    Base::new(vs, net)
+}
+
+fn model(case: &str) -> LoraModel<Net> {
+    let config = LoraConfig::builder().r(8).lora_alpha(16.0).target_modules(r"h\.\d+").use_dora(case == "dora");
+    let config = config.lora_dropout(if case == "dropout" { 0.1 } else { 0.0 }).build().unwrap();
+    LoraModel::wrap(base(LAYERS, WIDTH), config).unwrap()
+}
+
+/// Seconds for one of `steps` steps.
+fn seconds(steps: usize, x: &Tensor, forward: impl Fn(&Tensor) -> Tensor) -> f64 {
+    let start = Instant::now();
+    for _ in 0..steps {
+        forward(x).sum(Kind::Float).backward();
+    }
+    start.elapsed().as_secs_f64() / steps as f64
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn main() {
+    tch::set_num_threads(2);
+    let mut peer = Peer::start();
+    let x = Tensor::randn([ROWS, WIDTH], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    let models: Vec<_> = CASES.iter().map(|case| model(case)).collect();
+    let mut ours = vec![Vec::new(); CASES.len()];
+    let mut theirs = vec![Vec::new(); CASES.len()];
+    for round in 0..=ROUNDS {
+        for (i, case) in CASES.iter().enumerate() {
+            let off = (*case == "base").then(|| models[i].disable_adapters());
+            let here = seconds(STEPS, &x, |x| models[i].forward(x).unwrap());
+            drop(off);
+            let there = peer.seconds(case, STEPS);
+            // The first round warms up.
+            if round > 0 {
+                ours[i].push(here);
+                theirs[i].push(there);
+            }
+        }
+    }
+    let (ours, theirs): (Vec<f64>, Vec<f64>) =
+        (ours.into_iter().map(median).collect(), theirs.into_iter().map(median).collect());
+    println!("{LAYERS} layers of {WIDTH}², {ROWS} rows, f32: ms per step");
+    println!(
+        "{:8}  {:>9}  {:>9}  {:>11}  {:>9}  {:>12}",
+        "", "tch-peft", "PEFT", "PEFT / ours", "of LoRA's", "PEFT's of it"
+    );
+    for (i, case) in CASES.iter().enumerate() {
+        let (a, b) = (ours[i] * 1e3, theirs[i] * 1e3);
+        let of = |all: &[f64]| all[i] / all[1];
+        println!("{case:8}  {a:9.2}  {b:9.2}  {:11.2}  {:9.2}  {:12.2}", b / a, of(&ours), of(&theirs));
+    }
+
+    let mut wraps = Vec::new();
+    for _ in 0..5 {
+        let base = base(2000, 32);
+        let config = LoraConfig::builder().r(8).target_modules("all-linear").build().unwrap();
+        let start = Instant::now();
+        let model = LoraModel::wrap(base, config).unwrap();
+        wraps.push(start.elapsed().as_secs_f64() * 1e3);
+        drop(model);
+    }
+    let (here, there) = (median(wraps), peer.seconds("wrap", 1) * 1e3);
+    println!("wrap, 2000 linears of 32²: {here:.0} ms, PEFT {there:.0} ms ({:.0}x)", there / here);
+}
