@@ -90,7 +90,8 @@ pub use lora::{InitLoraWeights, LoraConfig, LoraConfigBuilder, TargetModules};
 pub use model::{DisabledAdapters, ForwardModule, LoraModel, NamedParameter, Summary};
 pub use quant::{QuantConfig, QuantConfigBuilder, Scheme};
 pub use train::{
-    Adafactor, AdafactorRule, AdamW, AdamW8bit, AdamW8bitRule, AdamWBuilder, AdamWRule, GroupedOptimizer, Lion,
-    LionRule, Optimizer, OptimizerBuilder, OptimizerState, ParameterGroup, RngState, Sampler, SamplerState, Schedule,
-    Sgd, SgdRule, State, Stateful, Update, UpdateRule, clip_grad_norm,
+    Adafactor, AdafactorRule, AdamW, AdamW8bit, AdamW8bitRule, AdamWBuilder, AdamWRule, Anneal, Autocast, Ema,
+    EmaBuilder, EmaSwap, Generator, GradientAccumulation, GroupedOptimizer, Lion, LionRule, LossScaler, Optimizer,
+    OptimizerBuilder, OptimizerState, OwnState, ParameterGroup, RngState, Sampler, SamplerState, Schedule, Sgd,
+    SgdRule, State, Stateful, Update, UpdateRule, checkpoint_activations, clip_grad_norm, clip_grad_value,
 };

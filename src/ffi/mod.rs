@@ -15,6 +15,7 @@
 pub(crate) mod adamw;
 pub(crate) mod autograd;
 pub(crate) mod bytes;
+pub(crate) mod context;
 pub(crate) mod generator;
 pub(crate) mod hook;
 pub(crate) mod optim;
