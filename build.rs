@@ -29,14 +29,10 @@ fn main() {
         .include(include.join("torch/csrc/api/include"))
         .flag("-std=c++17")
         .flag(format!("-D_GLIBCXX_USE_CXX11_ABI={abi}"))
-        .files([
-            "csrc/hook.cpp",
-            "csrc/autograd.cpp",
-            "csrc/optim.cpp",
-            "csrc/runtime.cpp",
-            "csrc/compute.cpp",
-            "csrc/cuda.cpp",
-        ])
+        .files(
+            ["autograd", "compute", "context", "cuda", "hook", "optim", "runtime"]
+                .map(|name| format!("csrc/{name}.cpp")),
+        )
         .compile("tch_peft");
     // For this package's own tests, examples and benches; a program that
     // depends on the crate finds libtorch as it does for tch.

@@ -105,6 +105,19 @@ char* tp_unscale(tp_list grads, tp_tensor found_inf, tp_tensor inverse_scale);
 char* tp_fused_sgd(tp_list params, tp_list grads, tp_list buffers, double weight_decay, double momentum, double lr,
                    double dampening, bool nesterov, bool is_first_step);
 
+// Whether autocast is on, and for which ScalarType; below 0: leave that as it is.
+struct tp_autocast {
+  bool enabled;
+  int kind;
+};
+
+tp_autocast tp_set_autocast(int device, tp_autocast to);
+void tp_autocast_enter();
+void tp_autocast_leave();
+bool tp_set_autocast_cache(bool on);
+char* tp_backward(tp_tensor output, tp_tensor grad);
+char* tp_set_grad(tp_tensor parameter, tp_tensor grad);
+
 int tp_autocast_kind(int device);
 bool tp_set_graph_executor_optimize(bool on);
 char* tp_module_types(void* module, void* sink, void (*visit)(void* sink, const char* path, const char* type,

@@ -90,9 +90,10 @@ pub use model::{
 };
 pub use quant::{Fp8Format, QuantConfig, QuantConfigBuilder, QuantRule, Scheme, Treatment};
 pub use train::{
-    Adafactor, AdafactorRule, AdamW, AdamW8bit, AdamW8bitRule, AdamWBuilder, AdamWRule, GroupedOptimizer, Lion,
-    LionRule, Optimizer, OptimizerBuilder, OptimizerState, ParameterGroup, RngState, Sampler, SamplerState, Schedule,
-    Sgd, SgdRule, State, Stateful, Update, UpdateRule, clip_grad_norm,
+    Adafactor, AdafactorRule, AdamW, AdamW8bit, AdamW8bitRule, AdamWBuilder, AdamWRule, Anneal, Autocast, Ema,
+    EmaBuilder, EmaSwap, Generator, GradientAccumulation, GroupedOptimizer, Lion, LionRule, LossScaler, Optimizer,
+    OptimizerBuilder, OptimizerState, OwnState, ParameterGroup, RngState, Sampler, SamplerState, Schedule, Sgd,
+    SgdRule, State, Stateful, Update, UpdateRule, checkpoint_activations, clip_grad_norm, clip_grad_value,
 };
 
 /// Compiles the code in the texts beside the crate.

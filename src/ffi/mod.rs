@@ -16,6 +16,7 @@ pub(crate) mod adamw;
 pub(crate) mod autograd;
 pub(crate) mod bytes;
 pub(crate) mod compute;
+pub(crate) mod context;
 pub(crate) mod generator;
 pub(crate) mod hook;
 pub(crate) mod mapped;

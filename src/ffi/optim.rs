@@ -93,12 +93,9 @@ pub(crate) struct SgdHyper {
     pub is_first_step: bool,
 }
 
-/// One step of `torch.optim.SGD(fused=True)` over parameters of one device;
-/// without momentum there are no buffers.
+/// One step of `torch.optim.SGD(fused=True)` over at least one parameter, all of
+/// one device; without momentum there are no buffers.
 pub(crate) fn fused_sgd(params: &[&Tensor], grads: &[&Tensor], buffers: &[&Tensor], hyper: SgdHyper) -> Result<()> {
-    if params.is_empty() {
-        return Ok(());
-    }
     let SgdHyper { weight_decay, momentum, lr, dampening, nesterov, is_first_step } = hyper;
     // SAFETY: as above.
     with_lists([cells(params), cells(grads), cells(buffers)], |[params, grads, buffers]| unsafe {

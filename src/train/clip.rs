@@ -1,6 +1,7 @@
 //! Limiting the size of gradients.
 
 use crate::error::{Error, Result};
+use crate::ffi::optim::foreach_clamp;
 use crate::model::NamedParameter;
 use tch::Tensor;
 
@@ -43,6 +44,20 @@ pub fn clip_grad_norm(parameters: &[NamedParameter], max_norm: f64) -> Result<f6
         let _ = grad.f_mul_(&factor)?;
     }
     Ok(value)
+}
+
+/// Brings each element of all gradients into `-clip_value..=clip_value`, the
+/// same as `torch.nn.utils.clip_grad_value_`. NaN stays NaN.
+///
+/// # Errors
+/// [`Error::Config`] unless `clip_value` is above 0, and libtorch's.
+pub fn clip_grad_value(parameters: &[NamedParameter], clip_value: f64) -> Result<()> {
+    if clip_value.is_nan() || clip_value <= 0.0 {
+        return Err(Error::config("clip_value", "a number above 0", clip_value));
+    }
+    let grads = parameters.iter().map(|parameter| parameter.tensor.f_grad());
+    let grads: Vec<_> = grads.filter(|grad| grad.as_ref().map_or(true, Tensor::defined)).collect::<Result<_, _>>()?;
+    if grads.is_empty() { Ok(()) } else { foreach_clamp(&grads, -clip_value, clip_value) }
 }
 
 /// The error for a norm that is not finite: the first gradient that isn't

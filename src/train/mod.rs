@@ -1,28 +1,44 @@
 //! Floor 4: what a training loop needs besides the model.
 //!
 //! Everything here that changes from step to step can be exported and brought
-//! back exactly: the optimizer's moments by parameter name ([`OptimizerState`]),
-//! the position in the data ([`SamplerState`]), the random generators
-//! ([`RngState`]), anything else as a [`Stateful`]. The learning rate needs no state: [`Schedule::factor`] is a
-//! pure function of the step.
+//! back exactly: the optimizer's state by parameter name ([`OptimizerState`]),
+//! the position in the data ([`SamplerState`]), libtorch's random generators
+//! ([`RngState`]), and all else as a [`Stateful`]. The learning rate needs no
+//! state: [`Schedule::factor`] is a pure function of the step.
 
+mod accumulate;
+mod autocast;
 mod clip;
 pub(crate) mod compare;
+mod ema;
+mod generator;
+mod normal;
 mod optim;
+mod own;
+mod recompute;
 mod rng;
 mod sampler;
+mod scaler;
 mod schedule;
+mod splitmix;
 mod state;
 
-pub use clip::clip_grad_norm;
+pub use accumulate::GradientAccumulation;
+pub use autocast::Autocast;
+pub use clip::{clip_grad_norm, clip_grad_value};
+pub use ema::{Ema, EmaBuilder, EmaSwap};
+pub use generator::Generator;
 pub use optim::{
     Adafactor, AdafactorRule, AdamW, AdamW8bit, AdamW8bitRule, AdamWBuilder, AdamWRule, GroupedOptimizer, Lion,
     LionRule, OptimizerBuilder, ParameterGroup, Sgd, SgdRule, Update, UpdateRule,
 };
+pub use own::OwnState;
+pub use recompute::checkpoint_activations;
 pub use rng::RngState;
 pub(crate) use rng::device_name;
 pub use sampler::{Sampler, SamplerState};
-pub use schedule::Schedule;
+pub use scaler::LossScaler;
+pub use schedule::{Anneal, Schedule};
 pub use state::{State, Stateful};
 
 use crate::error::Result;

@@ -1,5 +1,6 @@
 //! Which examples come next, as a position that can be saved.
 
+use super::splitmix::SplitMix64;
 use crate::error::{Error, Result};
 use crate::train::compare::same_config;
 use serde::{Deserialize, Serialize};
@@ -11,12 +12,18 @@ use serde_json::json;
 /// the epoch only: the same on every platform and in every version of this
 /// crate. The position is two numbers, so resuming costs nothing.
 ///
+/// With [`Sampler::shard`], several processes share the epochs. All follow the
+/// same order and have the same position, which counts the examples of all:
+/// the checkpoint of one resumes each of them.
+///
 /// A batch counts as used once [`Sampler::next_batch`] has handed it out; a
 /// program that fetches batches ahead of the step that uses them must not save
 /// in between.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     state: SamplerState,
+    /// Which of the shards this is.
+    rank: usize,
     /// The order of the current epoch.
     order: Vec<usize>,
 }
@@ -35,9 +42,12 @@ pub struct SamplerState {
     pub shuffle: bool,
     /// Whether a last batch with fewer examples is left out.
     pub drop_last: bool,
+    /// How many processes share each epoch.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub world: usize,
     /// The epoch, counted from 0.
     pub epoch: u64,
-    /// Examples of this epoch that were handed out.
+    /// Examples of this epoch that were handed out, to all shards together.
     pub index: usize,
 }
 
@@ -55,8 +65,31 @@ impl Sampler {
         if !(1..=len).contains(&batch_size) {
             return Err(Error::config("batch_size", format!("1 to {len}, the number of examples"), batch_size));
         }
-        let state = SamplerState { seed, len, batch_size, shuffle: true, drop_last: false, epoch: 0, index: 0 };
-        Ok(Sampler { order: order(&state), state })
+        let state =
+            SamplerState { seed, len, batch_size, shuffle: true, drop_last: false, world: 1, epoch: 0, index: 0 };
+        Ok(Sampler { order: order(&state), rank: 0, state })
+    }
+
+    /// The part of process `rank` among `world` processes, each with batches of
+    /// `batch_size`: of each `world * batch_size` examples in the common order,
+    /// the `rank`-th `batch_size`. What is left over at the end of an epoch is
+    /// divided evenly, so that some may get one example less than others, or an
+    /// empty batch; [`Sampler::drop_last`] leaves it out.
+    ///
+    /// # Errors
+    /// [`Error::Config`] unless `rank` is below `world` and there are examples
+    /// for a batch of each.
+    pub fn shard(mut self, rank: usize, world: usize) -> Result<Self> {
+        if rank >= world {
+            return Err(Error::config("rank", format!("below {world}, the number of processes"), rank));
+        }
+        let SamplerState { len, batch_size, .. } = self.state;
+        if batch_size.checked_mul(world).is_none_or(|all| all > len) {
+            let expected = format!("at most {}, for a batch of each from {len} examples", len / batch_size);
+            return Err(Error::config("world", expected, world));
+        }
+        (self.rank, self.state.world) = (rank, world);
+        Ok(self)
     }
 
     /// Whether to leave out a last batch with fewer than `batch_size` examples.
@@ -72,18 +105,22 @@ impl Sampler {
         self
     }
 
-    /// The next batch; never empty. Epochs follow each other without end.
+    /// The next batch. Epochs follow each other without end. Never empty,
+    /// except as [`Sampler::shard`] tells.
     pub fn next_batch(&mut self) -> Vec<usize> {
-        let SamplerState { len, batch_size, drop_last, index, .. } = self.state;
+        let SamplerState { len, batch_size, drop_last, world, index, .. } = self.state;
         let rest = len - index;
-        if rest == 0 || (drop_last && rest < batch_size) {
+        if rest == 0 || (drop_last && rest < batch_size * world) {
             self.state.epoch += 1;
             self.state.index = 0;
             self.order = order(&self.state);
         }
         let start = self.state.index;
-        self.state.index = len.min(start + batch_size);
-        self.order[start..self.state.index].to_vec()
+        let all = (batch_size * world).min(len - start);
+        self.state.index = start + all;
+        // For a whole batch of each, these are multiples of `batch_size`.
+        let bound = |rank: usize| start + all * rank / world;
+        self.order[bound(self.rank)..bound(self.rank + 1)].to_vec()
     }
 
     /// The epoch of the batch handed out last, counted from 0.
@@ -91,10 +128,12 @@ impl Sampler {
         self.state.epoch
     }
 
-    /// How many examples were handed out since the start of the run.
+    /// How many examples were handed out since the start of the run, to all
+    /// shards together.
     pub fn samples(&self) -> u64 {
-        let SamplerState { len, batch_size, drop_last, epoch, index, .. } = self.state;
-        let in_epoch = if drop_last { len / batch_size * batch_size } else { len };
+        let SamplerState { len, batch_size, drop_last, world, epoch, index, .. } = self.state;
+        let step = batch_size * world;
+        let in_epoch = if drop_last { len / step * step } else { len };
         epoch.saturating_mul(in_epoch as u64).saturating_add(index as u64)
     }
 
@@ -129,8 +168,19 @@ impl Sampler {
 }
 
 fn settings(state: &SamplerState) -> serde_json::Value {
-    let SamplerState { seed, len, batch_size, shuffle, drop_last, .. } = state;
-    json!({"seed": seed, "len": len, "batch_size": batch_size, "shuffle": shuffle, "drop_last": drop_last})
+    let SamplerState { seed, len, batch_size, shuffle, drop_last, world, .. } = state;
+    json!({
+        "seed": seed, "len": len, "batch_size": batch_size, "shuffle": shuffle, "drop_last": drop_last, "world": world
+    })
+}
+
+/// States of the first version have no `world`.
+fn one() -> usize {
+    1
+}
+
+fn is_one(world: &usize) -> bool {
+    *world == 1
 }
 
 /// The order of the state's epoch.
@@ -146,59 +196,9 @@ fn order(state: &SamplerState) -> Vec<usize> {
     order
 }
 
-/// Steele, Lea and Flood, "Fast splittable pseudorandom number generators"
-/// (2014). Written out here since the orders must never change.
-struct SplitMix64(u64);
-
-impl SplitMix64 {
-    const GAMMA: u64 = 0x9E37_79B9_7F4A_7C15;
-
-    /// A stream of its own for each pair: the epoch is mixed first, so that
-    /// neighbouring seeds and epochs don't give neighbouring streams.
-    fn of(seed: u64, epoch: u64) -> Self {
-        SplitMix64(seed ^ SplitMix64(epoch).next())
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(Self::GAMMA);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `n` (not 0), each equally likely: Lemire, "Fast random
-    /// integer generation in an interval" (2019).
-    fn below(&mut self, n: u64) -> u64 {
-        let threshold = n.wrapping_neg() % n;
-        loop {
-            let product = u128::from(self.next()) * u128::from(n);
-            if product as u64 >= threshold {
-                return (product >> 64) as u64;
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn splitmix_follows_its_reference() {
-        // First outputs of the reference C code (prng.di.unimi.it/splitmix64.c)
-        // for state 1234567.
-        let mut random = SplitMix64(1_234_567);
-        let first = [random.next(), random.next(), random.next()];
-        assert_eq!(first, [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]);
-    }
-
-    #[test]
-    fn bounded_numbers_are_even() {
-        let mut random = SplitMix64(7);
-        let mut counts = [0u32; 3];
-        (0..30_000).for_each(|_| counts[random.below(3) as usize] += 1);
-        assert!(counts.iter().all(|c| (9_700..10_300).contains(c)), "{counts:?}");
-    }
 
     #[test]
     fn positions_beyond_the_data_are_refused() {

@@ -2,6 +2,7 @@
 
 use super::compare::same_config;
 use crate::error::{Error, Result};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -86,4 +87,13 @@ pub(super) fn copies(expected: &Expected<'_>, found: &BTreeMap<String, Tensor>) 
         Ok((name.clone(), copy))
     };
     expected.iter().map(copy).collect()
+}
+
+/// The values of a state as a type.
+pub(super) fn read_values<T: DeserializeOwned>(values: &Value) -> Result<T> {
+    T::deserialize(values).map_err(|error| Error::Mismatch {
+        name: "values".into(),
+        expected: format!("{} ({error})", std::any::type_name::<T>()),
+        found: values.to_string(),
+    })
 }

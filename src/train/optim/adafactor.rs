@@ -147,7 +147,7 @@ impl AdafactorRule {
             change = exp_avg.shallow_clone();
         }
         if weight_decay != 0.0 {
-            foreach_add(&[&param], &[&param], -weight_decay * f64::try_from(&lr)?)?;
+            foreach_add(&[&param], &[&param], f64::try_from(&lr.f_mul_scalar(-weight_decay)?)?)?;
         }
         let _ = param.f_sub_(&change)?;
         // Does nothing where the cast made no copy.

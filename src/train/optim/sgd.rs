@@ -3,13 +3,15 @@
 use super::rule::{ParameterGroup, Update, UpdateRule, check_not_negative, count_step, object, step_count};
 use super::{GroupedOptimizer, OptimizerBuilder};
 use crate::error::{Error, Result};
-use crate::ffi::optim::{SgdHyper, fused_sgd};
+use crate::ffi::optim::{SgdHyper, foreach_add, fused_sgd};
 use crate::model::NamedParameter;
 use serde_json::{Map, Value};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-/// Stochastic gradient descent, the same as `torch.optim.SGD(fused=True)`, bit
-/// by bit. With g the gradient and p the parameter:
+/// Stochastic gradient descent, the same as `torch.optim.SGD`, bit by bit:
+/// with `fused=True` for f32 and f64, and with the default for bf16 and f16,
+/// where libtorch 2.11's fused step on the CPU loses the momentum. With g the
+/// gradient and p the parameter:
 ///
 /// ```text
 /// g = g + weight_decay * p
@@ -94,13 +96,46 @@ impl UpdateRule for SgdRule {
             (if step == 1 { &mut first } else { &mut later }).push(update);
         }
         for (is_first_step, batch) in [(true, first), (false, later)] {
-            fused_sgd(
-                &batch.iter().map(|update| &update.param).collect::<Vec<_>>(),
-                &batch.iter().map(|update| &update.grad).collect::<Vec<_>>(),
-                &batch.iter().flat_map(|update| &update.state[1..]).collect::<Vec<_>>(),
-                SgdHyper { weight_decay, momentum, lr, dampening, nesterov, is_first_step },
-            )?;
+            let hyper = SgdHyper { weight_decay, momentum, lr, dampening, nesterov, is_first_step };
+            let params: Vec<_> = batch.iter().map(|update| &update.param).collect();
+            let grads: Vec<_> = batch.iter().map(|update| &update.grad).collect();
+            let buffers: Vec<_> = batch.iter().flat_map(|update| &update.state[1..]).collect();
+            match params.first().map(|param| param.f_kind()).transpose()? {
+                None => {}
+                Some(Kind::Float | Kind::Double) => fused_sgd(&params, &grads, &buffers, hyper)?,
+                Some(_) => plain_sgd(&params, &grads, &buffers, hyper)?,
+            }
         }
         Ok(())
     }
+}
+
+/// The step in the order of torch's own, rounding after each operation.
+fn plain_sgd(params: &[&Tensor], grads: &[&Tensor], buffers: &[&Tensor], hyper: SgdHyper) -> Result<()> {
+    let SgdHyper { weight_decay, momentum, lr, dampening, nesterov, is_first_step } = hyper;
+    let grads = grads.iter().map(|grad| grad.f_detach_copy()).collect::<Result<Vec<_>, _>>()?;
+    if weight_decay != 0.0 {
+        foreach_add(&grads, params, weight_decay)?;
+    }
+    if buffers.is_empty() {
+        return foreach_add(params, &grads, -lr);
+    }
+    if is_first_step {
+        for (buffer, grad) in buffers.iter().zip(&grads) {
+            buffer.shallow_clone().f_copy_(grad)?;
+        }
+    } else {
+        // Times an f64 scalar tensor: a plain scalar would be rounded to the
+        // buffer's dtype first.
+        let momentum = Tensor::f_from_slice(&[momentum])?.f_squeeze()?;
+        for buffer in buffers {
+            let _ = buffer.shallow_clone().f_mul_(&momentum)?;
+        }
+        foreach_add(buffers, &grads, 1.0 - dampening)?;
+    }
+    if nesterov {
+        foreach_add(&grads, buffers, momentum)?;
+        return foreach_add(params, &grads, -lr);
+    }
+    foreach_add(params, buffers, -lr)
 }
