@@ -89,12 +89,6 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn add(self, a: V, b: V) -> V {
-        // SAFETY: see above.
-        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
-    }
-
-    #[inline(always)]
     fn sub(self, a: V, b: V) -> V {
         // SAFETY: see above.
         unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }

@@ -56,12 +56,6 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn add(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: see above.
-        unsafe { _mm512_add_ps(a, b) }
-    }
-
-    #[inline(always)]
     fn sub(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_sub_ps(a, b) }

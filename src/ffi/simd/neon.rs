@@ -87,12 +87,6 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn add(self, a: V, b: V) -> V {
-        // SAFETY: see above.
-        from_fn(|i| unsafe { vaddq_f32(a[i], b[i]) })
-    }
-
-    #[inline(always)]
     fn sub(self, a: V, b: V) -> V {
         // SAFETY: see above.
         from_fn(|i| unsafe { vsubq_f32(a[i], b[i]) })

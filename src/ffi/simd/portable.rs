@@ -50,11 +50,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn add(self, a: V, b: V) -> V {
-        from_fn(|i| a[i] + b[i])
-    }
-
-    #[inline(always)]
     fn sub(self, a: V, b: V) -> V {
         from_fn(|i| a[i] - b[i])
     }
