@@ -57,13 +57,15 @@ fn compare(folder: &Path, case: &str, packed: usize) -> Base<()> {
     base
 }
 
-const BNB: [(&str, fn() -> QuantConfigBuilder, Kind); 4] = [
+type Config = fn() -> QuantConfigBuilder;
+
+const BNB: [(&str, Config, Kind); 4] = [
     ("bnb_nf4", QuantConfig::nf4, Kind::Float),
     ("bnb_nf4_double", || QuantConfig::nf4().double_quant(true), Kind::BFloat16),
     ("bnb_fp4", QuantConfig::fp4, Kind::Half),
     ("bnb_int8", || QuantConfig::builder(Scheme::LlmInt8), Kind::Half),
 ];
-const QUANTO: [(&str, fn() -> QuantConfigBuilder); 5] = [
+const QUANTO: [(&str, Config); 5] = [
     ("qint8", QuantConfig::int8),
     ("qint4", QuantConfig::int4),
     ("qint2", QuantConfig::int2),

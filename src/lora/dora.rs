@@ -4,7 +4,9 @@
 //! n is taken without the product B · A, of which only r×r and out×r parts are
 //! needed. With Δ = s · B · A, row by row:
 //!
-//!     n² = ‖W‖² + 2s · ⟨W·Aᵀ, B⟩ + s² · ⟨B·(A·Aᵀ), B⟩
+//! ```text
+//! n² = ‖W‖² + 2s · ⟨W·Aᵀ, B⟩ + s² · ⟨B·(A·Aᵀ), B⟩
+//! ```
 //!
 //! ‖W‖² is taken once per weight, as it is frozen. As in the paper (section 4.3)
 //! no gradient flows through n.

@@ -180,13 +180,13 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn from_i8(self, bytes: &[u8; LANES]) -> V {
+    fn widen_i8(self, bytes: &[u8; LANES]) -> V {
         // SAFETY: see above.
         both!(self.halves(bytes), |half| unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(half)) })
     }
 
     #[inline(always)]
-    fn from_e4m3(self, bytes: &[u8; LANES]) -> V {
+    fn decode_e4m3(self, bytes: &[u8; LANES]) -> V {
         // See `portable::e4m3`.
         // SAFETY: see above.
         both!(self.halves(bytes), |half| unsafe {
@@ -198,7 +198,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn from_e5m2(self, bytes: &[u8; LANES]) -> V {
+    fn decode_e5m2(self, bytes: &[u8; LANES]) -> V {
         // SAFETY: see above.
         both!(self.halves(bytes), |half| unsafe { _mm256_cvtph_ps(_mm_slli_epi16::<8>(_mm_cvtepu8_epi16(half))) })
     }

@@ -141,13 +141,13 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn from_i8(self, bytes: &[u8; LANES]) -> __m512 {
+    fn widen_i8(self, bytes: &[u8; LANES]) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()))) }
     }
 
     #[inline(always)]
-    fn from_e4m3(self, bytes: &[u8; LANES]) -> __m512 {
+    fn decode_e4m3(self, bytes: &[u8; LANES]) -> __m512 {
         // See `portable::e4m3`.
         // SAFETY: see above.
         unsafe {
@@ -159,7 +159,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn from_e5m2(self, bytes: &[u8; LANES]) -> __m512 {
+    fn decode_e5m2(self, bytes: &[u8; LANES]) -> __m512 {
         // SAFETY: see above.
         unsafe {
             let words = _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes.as_ptr().cast()));

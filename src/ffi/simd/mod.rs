@@ -59,12 +59,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `table[(b >> shift) & 15]` for each of 16 bytes.
     fn look_up_field(self, table: Self::V, bytes: &[u8; LANES], shift: u32) -> Self::V;
     /// Signed bytes.
-    fn from_i8(self, bytes: &[u8; LANES]) -> Self::V;
+    fn widen_i8(self, bytes: &[u8; LANES]) -> Self::V;
     /// Bytes of the float with 4 exponent and 3 mantissa bits, finite values
     /// only (`e4m3fn`).
-    fn from_e4m3(self, bytes: &[u8; LANES]) -> Self::V;
+    fn decode_e4m3(self, bytes: &[u8; LANES]) -> Self::V;
     /// Bytes of the float with 5 exponent and 2 mantissa bits.
-    fn from_e5m2(self, bytes: &[u8; LANES]) -> Self::V;
+    fn decode_e5m2(self, bytes: &[u8; LANES]) -> Self::V;
 }
 
 /// A computation that is compiled for each instruction set.
@@ -155,9 +155,9 @@ mod tests {
             for shift in [0, 2, 4, 6] {
                 keep(s.look_up_field(v, bytes, shift));
             }
-            keep(s.from_i8(bytes));
-            keep(s.from_e4m3(bytes));
-            keep(s.from_e5m2(bytes));
+            keep(s.widen_i8(bytes));
+            keep(s.decode_e4m3(bytes));
+            keep(s.decode_e5m2(bytes));
             let (mut b, mut f) = ([bf16::ZERO; LANES], [f16::ZERO; LANES]);
             s.store_bf16(v, &mut b);
             s.store_f16(v, &mut f);

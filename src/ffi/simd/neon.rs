@@ -167,13 +167,13 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn from_i8(self, bytes: &[u8; LANES]) -> V {
+    fn widen_i8(self, bytes: &[u8; LANES]) -> V {
         // SAFETY: see above.
         self.widen(bytes).map(|lanes| unsafe { vcvtq_f32_s32(lanes) })
     }
 
     #[inline(always)]
-    fn from_e4m3(self, bytes: &[u8; LANES]) -> V {
+    fn decode_e4m3(self, bytes: &[u8; LANES]) -> V {
         // Exponent and mantissa at their places in an f32, whose bias is 120 higher.
         // SAFETY: see above.
         self.widen(bytes).map(|lanes| unsafe {
@@ -185,7 +185,7 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn from_e5m2(self, bytes: &[u8; LANES]) -> V {
+    fn decode_e5m2(self, bytes: &[u8; LANES]) -> V {
         self.load(&bytes.map(super::portable::e5m2))
     }
 }

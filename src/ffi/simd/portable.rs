@@ -100,17 +100,17 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn from_i8(self, bytes: &[u8; LANES]) -> V {
+    fn widen_i8(self, bytes: &[u8; LANES]) -> V {
         bytes.map(|byte| f32::from(byte as i8))
     }
 
     #[inline(always)]
-    fn from_e4m3(self, bytes: &[u8; LANES]) -> V {
+    fn decode_e4m3(self, bytes: &[u8; LANES]) -> V {
         bytes.map(e4m3)
     }
 
     #[inline(always)]
-    fn from_e5m2(self, bytes: &[u8; LANES]) -> V {
+    fn decode_e5m2(self, bytes: &[u8; LANES]) -> V {
         bytes.map(e5m2)
     }
 }

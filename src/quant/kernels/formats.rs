@@ -121,21 +121,21 @@ pub(crate) struct E5m2;
 impl Byte for I8 {
     #[inline(always)]
     fn widen<S: Simd>(s: S, bytes: &[u8; LANES]) -> S::V {
-        s.from_i8(bytes)
+        s.widen_i8(bytes)
     }
 }
 
 impl Byte for E4m3 {
     #[inline(always)]
     fn widen<S: Simd>(s: S, bytes: &[u8; LANES]) -> S::V {
-        s.from_e4m3(bytes)
+        s.decode_e4m3(bytes)
     }
 }
 
 impl Byte for E5m2 {
     #[inline(always)]
     fn widen<S: Simd>(s: S, bytes: &[u8; LANES]) -> S::V {
-        s.from_e5m2(bytes)
+        s.decode_e5m2(bytes)
     }
 }
 
