@@ -204,7 +204,17 @@ impl Toy {
         if let Some(average) = &self.average {
             add(average.export_state().unwrap().tensors);
         }
-        bytes.extend(format!("{:?}", self.sampler.state()).bytes());
+        // The fields that the first version had: the corpus's hashes are of them.
+        let s = self.sampler.state();
+        let (seed, len, batch, epoch, index) = (s.seed, s.len, s.batch_size, s.epoch, s.index);
+        let (shuffle, last) = (s.shuffle, s.drop_last);
+        bytes.extend(
+            format!(
+                "SamplerState {{ seed: {seed}, len: {len}, batch_size: {batch}, shuffle: {shuffle}, \
+                 drop_last: {last}, epoch: {epoch}, index: {index} }}"
+            )
+            .bytes(),
+        );
         bytes.extend(serde_json::to_vec(&tch_peft::RngState::capture(&[]).unwrap()).unwrap());
         bytes
     }
