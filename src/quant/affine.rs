@@ -6,10 +6,10 @@
 //! `r`; those of group `r + R`, the next bits; and so on, where
 //! R = ⌈n / codes per byte⌉.
 
-use super::{PackedWeight, Parts, Scheme, hqq, matrix, tiles};
+use super::{Meta, PackedWeight, Parts, Scheme, hqq, matrix, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 #[derive(Debug)]
 pub(super) struct Affine {
@@ -21,9 +21,7 @@ pub(super) struct Affine {
     shift: SharedTensor,
     layout: Layout,
     scheme: Scheme,
-    sizes: Vec<i64>,
-    kind: Kind,
-    device: Device,
+    meta: Meta,
 }
 
 /// Where codes lie.
@@ -125,7 +123,7 @@ impl Affine {
             Ok(())
         })?;
         let [data, scale, shift] = [data, scale, shift].map(SharedTensor::new);
-        Ok(Affine { data, scale, shift, layout, scheme, sizes, kind, device })
+        Ok(Affine { data, scale, shift, layout, scheme, meta: Meta { sizes, kind, device } })
     }
 
     pub(super) fn assemble(mut parts: Parts) -> Result<Self> {
@@ -135,7 +133,7 @@ impl Affine {
         let scale = parts.take("weight.scale", parts.kind, &[layout.groups, 1])?;
         let shift = parts.take("weight.shift", parts.kind, &[layout.groups, 1])?;
         let (sizes, kind) = parts.finish()?;
-        Ok(Affine { data, scale, shift, layout, scheme, sizes, kind, device })
+        Ok(Affine { data, scale, shift, layout, scheme, meta: Meta { sizes, kind, device } })
     }
 
     /// Writes `groups` groups from `start` on into a (groups, size) tensor of
@@ -158,16 +156,8 @@ impl PackedWeight for Affine {
         Some(self.scheme)
     }
 
-    fn sizes(&self) -> &[i64] {
-        &self.sizes
-    }
-
-    fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    fn device(&self) -> Device {
-        self.device
+    fn meta(&self) -> &Meta {
+        &self.meta
     }
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
@@ -182,11 +172,11 @@ impl PackedWeight for Affine {
         let (rows, columns) = out.size2()?;
         let of_row = columns / self.layout.size;
         let shape = [rows * of_row, self.layout.size];
-        if out.f_kind()? == self.kind {
+        if out.f_kind()? == self.meta.kind {
             return self.unpack_groups(start * of_row, rows * of_row, &out.f_view(shape)?);
         }
         // Values are rounded to the weight's dtype before any other.
-        let values = Tensor::f_empty(shape, (self.kind, self.device))?;
+        let values = Tensor::f_empty(shape, (self.meta.kind, self.meta.device))?;
         self.unpack_groups(start * of_row, rows * of_row, &values)?;
         out.f_copy_(&values.f_view([rows, columns])?)?;
         Ok(())

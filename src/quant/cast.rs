@@ -1,9 +1,9 @@
 //! `bf16` and `f16`: a plain cast.
 
-use super::{PackedWeight, Parts, Scheme, matrix};
+use super::{Meta, PackedWeight, Parts, Scheme, matrix};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// A weight kept in 16 bits. Its values are those of the cast, and count as
 /// values of the dtype that it had before.
@@ -12,9 +12,7 @@ pub(super) struct Cast {
     /// (rows, columns).
     data: SharedTensor,
     scheme: Scheme,
-    sizes: Vec<i64>,
-    kind: Kind,
-    device: Device,
+    meta: Meta,
 }
 
 /// The dtype of the cast.
@@ -28,14 +26,14 @@ impl Cast {
         let (sizes, kind, device) = (weight.size(), weight.f_kind()?, weight.device());
         let mut data = Tensor::f_empty(matrix(&sizes), (kind_of(scheme), device))?;
         data.f_copy_(&weight.f_view(matrix(&sizes))?)?;
-        Ok(Cast { data: SharedTensor::new(data), scheme, sizes, kind, device })
+        Ok(Cast { data: SharedTensor::new(data), scheme, meta: Meta { sizes, kind, device } })
     }
 
     pub(super) fn assemble(mut parts: Parts) -> Result<Self> {
         let (scheme, device) = (parts.scheme, parts.device());
         let data = parts.take("weight", kind_of(scheme), &matrix(&parts.sizes))?;
         let (sizes, kind) = parts.finish()?;
-        Ok(Cast { data, scheme, sizes, kind, device })
+        Ok(Cast { data, scheme, meta: Meta { sizes, kind, device } })
     }
 }
 
@@ -44,16 +42,8 @@ impl PackedWeight for Cast {
         Some(self.scheme)
     }
 
-    fn sizes(&self) -> &[i64] {
-        &self.sizes
-    }
-
-    fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    fn device(&self) -> Device {
-        self.device
+    fn meta(&self) -> &Meta {
+        &self.meta
     }
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
@@ -62,12 +52,12 @@ impl PackedWeight for Cast {
 
     fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let data = self.data.get().f_narrow(0, start, out.size2()?.0)?;
-        out.f_copy_(&data.f_to_kind(self.kind)?)?;
+        out.f_copy_(&data.f_to_kind(self.meta.kind)?)?;
         Ok(())
     }
 
     fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
-        out.f_copy_(&super::select(&self.data.get(), index)?.f_to_kind(self.kind)?)?;
+        out.f_copy_(&super::select(&self.data.get(), index)?.f_to_kind(self.meta.kind)?)?;
         Ok(())
     }
 }

@@ -1,25 +1,23 @@
 //! A weight that is kept as it is.
 
-use super::{PackedWeight, Scheme};
+use super::{Meta, PackedWeight, Scheme};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 /// A dense weight behind the same face as the packed ones, so that adapters
 /// need not tell them apart.
 #[derive(Debug)]
 pub(crate) struct Dense {
     weight: SharedTensor,
-    sizes: Vec<i64>,
-    kind: Kind,
-    device: Device,
+    meta: Meta,
 }
 
 impl Dense {
     /// Takes a contiguous tensor that doesn't require gradients.
     pub(crate) fn new(weight: Tensor) -> Result<Self> {
         let (sizes, kind, device) = (weight.size(), weight.f_kind()?, weight.device());
-        Ok(Dense { weight: SharedTensor::new(weight), sizes, kind, device })
+        Ok(Dense { weight: SharedTensor::new(weight), meta: Meta { sizes, kind, device } })
     }
 }
 
@@ -28,16 +26,8 @@ impl PackedWeight for Dense {
         None
     }
 
-    fn sizes(&self) -> &[i64] {
-        &self.sizes
-    }
-
-    fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    fn device(&self) -> Device {
-        self.device
+    fn meta(&self) -> &Meta {
+        &self.meta
     }
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {

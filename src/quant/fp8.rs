@@ -1,9 +1,9 @@
 //! `fp8`: 8-bit floats, one scale per output channel.
 
-use super::{Fp8Format, PackedWeight, Parts, Scheme, matrix, tiles};
+use super::{Fp8Format, Meta, PackedWeight, Parts, Scheme, matrix, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 #[derive(Debug)]
 pub(super) struct Fp8 {
@@ -12,9 +12,7 @@ pub(super) struct Fp8 {
     /// (rows, 1), in the weight's dtype.
     scale: SharedTensor,
     format: Fp8Format,
-    sizes: Vec<i64>,
-    kind: Kind,
-    device: Device,
+    meta: Meta,
 }
 
 impl Fp8Format {
@@ -57,7 +55,12 @@ impl Fp8 {
             data.f_narrow(0, start, rows)?.f_copy_(&q)?;
             Ok(())
         })?;
-        Ok(Fp8 { data: SharedTensor::new(data), scale: SharedTensor::new(scale), format, sizes, kind, device })
+        Ok(Fp8 {
+            data: SharedTensor::new(data),
+            scale: SharedTensor::new(scale),
+            format,
+            meta: Meta { sizes, kind, device },
+        })
     }
 
     pub(super) fn assemble(mut parts: Parts, format: Fp8Format) -> Result<Self> {
@@ -74,18 +77,18 @@ impl Fp8 {
         }
         let scale = parts.take("weight.scale", parts.kind, &[rows, 1])?;
         let (sizes, kind) = parts.finish()?;
-        Ok(Fp8 { data, scale, format, sizes, kind, device })
+        Ok(Fp8 { data, scale, format, meta: Meta { sizes, kind, device } })
     }
 
     fn unpack(&self, out: &mut Tensor, rows: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
         // Not every operator knows 8-bit floats: rows are chosen by their bits.
         let data = rows(&self.data.get().f_view_dtype(Kind::Uint8)?)?.f_view_dtype(self.format.kind())?;
         let scale = rows(&self.scale.get())?;
-        if out.f_kind()? == self.kind {
+        if out.f_kind()? == self.meta.kind {
             out.f_copy_(&data)?;
             let _ = out.f_mul_(&scale)?;
         } else {
-            out.f_copy_(&data.f_to_kind(self.kind)?.f_mul_(&scale)?)?;
+            out.f_copy_(&data.f_to_kind(self.meta.kind)?.f_mul_(&scale)?)?;
         }
         Ok(())
     }
@@ -96,16 +99,8 @@ impl PackedWeight for Fp8 {
         Some(Scheme::Fp8 { format: self.format })
     }
 
-    fn sizes(&self) -> &[i64] {
-        &self.sizes
-    }
-
-    fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    fn device(&self) -> Device {
-        self.device
+    fn meta(&self) -> &Meta {
+        &self.meta
     }
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {

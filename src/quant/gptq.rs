@@ -1,10 +1,10 @@
 //! `gptq`: 4-bit integers with integer zero points, as read from GPTQ and AWQ
 //! files.
 
-use super::{PackedWeight, Parts, Scheme, matrix};
+use super::{Meta, PackedWeight, Parts, Scheme, matrix};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// value = scale · (q − zero), rounded once to the weight's dtype.
 #[derive(Debug)]
@@ -18,9 +18,7 @@ pub(super) struct Gptq {
     /// i64 (columns): the group of each column.
     group: SharedTensor,
     group_size: i64,
-    sizes: Vec<i64>,
-    kind: Kind,
-    device: Device,
+    meta: Meta,
 }
 
 impl Gptq {
@@ -41,11 +39,11 @@ impl Gptq {
             return Err(parts.wrong("weight.group", expected, format!("{low} to {high}")));
         }
         let (sizes, kind) = parts.finish()?;
-        Ok(Gptq { data, scale, zero, group, group_size, sizes, kind, device })
+        Ok(Gptq { data, scale, zero, group, group_size, meta: Meta { sizes, kind, device } })
     }
 
     fn unpack(&self, out: &mut Tensor, rows: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
-        let columns = matrix(&self.sizes)[1];
+        let columns = matrix(&self.meta.sizes)[1];
         let data = rows(&self.data.get())?;
         let n = data.size2()?.0;
         let codes = Tensor::f_stack(&[data.f_bitwise_and(15)?, data.f_bitwise_right_shift_tensor_scalar(4)?], 2)?;
@@ -54,7 +52,7 @@ impl Gptq {
         let of_columns = |t: &SharedTensor| -> Result<Tensor> { Ok(rows(&t.get())?.f_index_select(1, &group)?) };
         let (scale, zero) = (of_columns(&self.scale)?, of_columns(&self.zero)?);
         // Differences up to 16 are exact in every dtype.
-        let steps = codes.f_to_kind(self.kind)?.f_sub_(&zero.f_to_kind(self.kind)?)?;
+        let steps = codes.f_to_kind(self.meta.kind)?.f_sub_(&zero.f_to_kind(self.meta.kind)?)?;
         out.f_copy_(&steps.f_mul(&scale)?)?;
         Ok(())
     }
@@ -65,16 +63,8 @@ impl PackedWeight for Gptq {
         Some(Scheme::Gptq { group_size: self.group_size })
     }
 
-    fn sizes(&self) -> &[i64] {
-        &self.sizes
-    }
-
-    fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    fn device(&self) -> Device {
-        self.device
+    fn meta(&self) -> &Meta {
+        &self.meta
     }
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {

@@ -1,9 +1,9 @@
 //! `int8` and `llm_int8`: symmetric, one scale per output channel.
 
-use super::{PackedWeight, Parts, Scheme, matrix, tiles};
+use super::{Meta, PackedWeight, Parts, Scheme, matrix, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// 1/127 as bitsandbytes writes it.
 const STEP: f64 = 7.874_015_718_698_502e-3;
@@ -13,9 +13,7 @@ pub(super) struct Int8 {
     /// i8 (rows, columns).
     data: SharedTensor,
     scale: Scale,
-    sizes: Vec<i64>,
-    kind: Kind,
-    device: Device,
+    meta: Meta,
 }
 
 #[derive(Debug)]
@@ -47,7 +45,11 @@ impl Int8 {
             data.f_narrow(0, start, rows)?.f_copy_(&q.f_clamp_(-128.0, 127.0)?)?;
             Ok(())
         })?;
-        Ok(Int8 { data: SharedTensor::new(data), scale: Scale::Step(SharedTensor::new(scale)), sizes, kind, device })
+        Ok(Int8 {
+            data: SharedTensor::new(data),
+            scale: Scale::Step(SharedTensor::new(scale)),
+            meta: Meta { sizes, kind, device },
+        })
     }
 
     /// Packs as bitsandbytes does: the weight goes through f16, the arithmetic
@@ -68,7 +70,11 @@ impl Int8 {
             data.f_narrow(0, start, rows)?.f_copy_(&tile.f_mul(&factor)?.f_round_()?)?;
             Ok(())
         })?;
-        Ok(Int8 { data: SharedTensor::new(data), scale: Scale::Absmax(SharedTensor::new(scale)), sizes, kind, device })
+        Ok(Int8 {
+            data: SharedTensor::new(data),
+            scale: Scale::Absmax(SharedTensor::new(scale)),
+            meta: Meta { sizes, kind, device },
+        })
     }
 
     pub(super) fn assemble(mut parts: Parts) -> Result<Self> {
@@ -79,7 +85,7 @@ impl Int8 {
             _ => Scale::Step(parts.take("weight.scale", parts.kind, &[rows, 1])?),
         };
         let (sizes, kind) = parts.finish()?;
-        Ok(Int8 { data, scale, sizes, kind, device })
+        Ok(Int8 { data, scale, meta: Meta { sizes, kind, device } })
     }
 
     /// Writes the values of some rows, chosen by `rows` from the data and from
@@ -89,19 +95,19 @@ impl Int8 {
         match &self.scale {
             Scale::Step(scale) => {
                 let scale = rows(&scale.get())?;
-                if out.f_kind()? == self.kind {
+                if out.f_kind()? == self.meta.kind {
                     out.f_copy_(&data)?;
                     let _ = out.f_mul_(&scale)?;
                 } else {
                     // Values are rounded to the weight's dtype before any other.
-                    out.f_copy_(&data.f_to_kind(self.kind)?.f_mul_(&scale)?)?;
+                    out.f_copy_(&data.f_to_kind(self.meta.kind)?.f_mul_(&scale)?)?;
                 }
             }
             Scale::Absmax(absmax) => {
                 let absmax = rows(&absmax.get())?.f_unsqueeze(1)?;
                 let mut values = data.f_to_kind(Kind::Float)?.f_mul_(&absmax)?.f_mul_scalar_(STEP)?;
-                if self.kind != Kind::Float {
-                    values = values.f_to_kind(self.kind)?;
+                if self.meta.kind != Kind::Float {
+                    values = values.f_to_kind(self.meta.kind)?;
                 }
                 out.f_copy_(&values)?;
             }
@@ -124,16 +130,8 @@ impl PackedWeight for Int8 {
         })
     }
 
-    fn sizes(&self) -> &[i64] {
-        &self.sizes
-    }
-
-    fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    fn device(&self) -> Device {
-        self.device
+    fn meta(&self) -> &Meta {
+        &self.meta
     }
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {

@@ -39,6 +39,17 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
+/// The dense weight that a packed one was made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Meta {
+    /// See [`PackedWeight::sizes`].
+    pub sizes: Vec<i64>,
+    /// See [`PackedWeight::kind`].
+    pub kind: Kind,
+    /// See [`PackedWeight::device`].
+    pub device: Device,
+}
+
 /// A frozen weight in the form it is kept in memory.
 ///
 /// Products see a matrix: (out, in) of a linear layer, (rows, dim) of an
@@ -47,9 +58,14 @@ pub trait PackedWeight: Debug + Send + Sync {
     /// The scheme, or `None` for a dense weight.
     fn scheme(&self) -> Option<Scheme>;
 
+    /// What it keeps of the dense weight that was packed.
+    fn meta(&self) -> &Meta;
+
     /// The sizes of the dense weight: two of a linear layer or an embedding,
     /// (out, in / groups, kernel…) of a convolution.
-    fn sizes(&self) -> &[i64];
+    fn sizes(&self) -> &[i64] {
+        &self.meta().sizes
+    }
 
     /// The sizes of the matrix: the first one, and the product of the others.
     fn shape(&self) -> [i64; 2] {
@@ -58,10 +74,14 @@ pub trait PackedWeight: Debug + Send + Sync {
 
     /// The dtype of the weight that was packed, and of its values: unpacking
     /// rounds to this dtype first, whatever dtype is asked for.
-    fn kind(&self) -> Kind;
+    fn kind(&self) -> Kind {
+        self.meta().kind
+    }
 
     /// Where the packed bytes are.
-    fn device(&self) -> Device;
+    fn device(&self) -> Device {
+        self.meta().device
+    }
 
     /// The packed tensors by name, scales included, as they go to disk.
     ///

@@ -4,10 +4,10 @@
 //! don't run over row ends; the last of a row may be short. Element `2i` of a
 //! row is the low nibble of byte `i`, as in torch's `float4_e2m1fn_x2`.
 
-use super::{PackedWeight, Parts, Scheme, matrix, tiles};
+use super::{Meta, PackedWeight, Parts, Scheme, matrix, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// Values that share a scale.
 const BLOCK: i64 = 32;
@@ -25,9 +25,7 @@ pub(super) struct Mxfp4 {
     data: SharedTensor,
     /// e8m0 as u8 (rows, ⌈columns / 32⌉): 2^(byte − 127).
     scale: SharedTensor,
-    sizes: Vec<i64>,
-    kind: Kind,
-    device: Device,
+    meta: Meta,
 }
 
 /// The power of two of each byte.
@@ -67,7 +65,7 @@ impl Mxfp4 {
             data.f_narrow(0, start, rows)?.f_copy_(&bytes.f_narrow(1, 0, (columns + 1) / 2)?)?;
             Ok(())
         })?;
-        Ok(Mxfp4 { data: SharedTensor::new(data), scale: SharedTensor::new(scale), sizes, kind, device })
+        Ok(Mxfp4 { data: SharedTensor::new(data), scale: SharedTensor::new(scale), meta: Meta { sizes, kind, device } })
     }
 
     pub(super) fn assemble(mut parts: Parts) -> Result<Self> {
@@ -78,22 +76,22 @@ impl Mxfp4 {
             return Err(parts.wrong("weight.scale", "finite scales", "NaN"));
         }
         let (sizes, kind) = parts.finish()?;
-        Ok(Mxfp4 { data, scale, sizes, kind, device })
+        Ok(Mxfp4 { data, scale, meta: Meta { sizes, kind, device } })
     }
 
     fn unpack(&self, out: &mut Tensor, rows: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
-        let columns = matrix(&self.sizes)[1];
+        let columns = matrix(&self.meta.sizes)[1];
         let (data, scale) = (rows(&self.data.get())?, rows(&self.scale.get())?);
         let n = data.size2()?.0;
         let codes = Tensor::f_stack(&[data.f_bitwise_and(15)?, data.f_bitwise_right_shift_tensor_scalar(4)?], 2)?;
         let table = |values: &[f32], at: &Tensor| -> Result<Tensor> {
-            let table = Tensor::f_from_slice(values)?.f_to_device(self.device)?;
+            let table = Tensor::f_from_slice(values)?.f_to_device(self.meta.device)?;
             Ok(table.f_take(&at.f_to_kind(Kind::Int64)?)?)
         };
         let values = table(&CODE, &codes.f_view([n, -1])?.f_narrow(1, 0, columns)?)?;
         let step = table(&powers(), &scale)?.f_repeat_interleave_self_int(BLOCK, 1, None)?;
         let values = values.f_mul(&step.f_narrow(1, 0, columns)?)?;
-        out.f_copy_(&values.f_to_kind(self.kind)?)?;
+        out.f_copy_(&values.f_to_kind(self.meta.kind)?)?;
         Ok(())
     }
 }
@@ -115,16 +113,8 @@ impl PackedWeight for Mxfp4 {
         Some(Scheme::Mxfp4)
     }
 
-    fn sizes(&self) -> &[i64] {
-        &self.sizes
-    }
-
-    fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    fn device(&self) -> Device {
-        self.device
+    fn meta(&self) -> &Meta {
+        &self.meta
     }
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {

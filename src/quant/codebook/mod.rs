@@ -9,7 +9,7 @@ mod cpu;
 mod scales;
 pub(super) use scales::NESTED_BLOCK;
 
-use super::{PackedWeight, Parts, Scheme};
+use super::{Meta, PackedWeight, Parts, Scheme};
 use crate::error::Result;
 use crate::ffi::bytes;
 use crate::ffi::shared::SharedTensor;
@@ -29,9 +29,7 @@ pub(super) struct Codebook {
     /// Values that share a scale.
     block: i64,
     scheme: Scheme,
-    sizes: Vec<i64>,
-    kind: Kind,
-    device: Device,
+    meta: Meta,
 }
 
 /// Code, block size, and whether the scales are quantised.
@@ -57,7 +55,7 @@ impl Codebook {
         };
         let data = SharedTensor::new(data.f_unsqueeze(1)?);
         let scales = if double_quant { Scales::double(&absmax)? } else { Scales::Plain(SharedTensor::new(absmax)) };
-        Ok(Codebook { data, scales, code, block, scheme, sizes, kind, device })
+        Ok(Codebook { data, scales, code, block, scheme, meta: Meta { sizes, kind, device } })
     }
 
     pub(super) fn assemble(mut parts: Parts) -> Result<Self> {
@@ -72,7 +70,7 @@ impl Codebook {
         }
         let scales = Scales::take(&mut parts, blocks, double_quant)?;
         let (sizes, kind) = parts.finish()?;
-        Ok(Codebook { data, scales, code, block, scheme, sizes, kind, device })
+        Ok(Codebook { data, scales, code, block, scheme, meta: Meta { sizes, kind, device } })
     }
 
     /// Unpacks flat elements `start..` into a (rows, columns) tensor with libtorch's
@@ -84,11 +82,11 @@ impl Codebook {
         let high = bytes.f_bitwise_right_shift_tensor_scalar(4)?;
         let nibbles = Tensor::f_stack(&[high, bytes.f_bitwise_and(15)?], 1)?.f_view([-1])?;
         let nibbles = nibbles.f_narrow(0, start - 2 * first, len)?.f_to_kind(Kind::Int64)?;
-        let code = self.code.tensor(self.device)?;
-        let blocks = Tensor::f_arange_start(start, start + len, (Kind::Int64, self.device))?;
+        let code = self.code.tensor(self.meta.device)?;
+        let blocks = Tensor::f_arange_start(start, start + len, (Kind::Int64, self.meta.device))?;
         let blocks = blocks.f_divide_scalar_mode(self.block, "floor")?;
         let scale = self.scales.dense()?.f_index_select(0, &blocks)?;
-        let values = code.f_index_select(0, &nibbles)?.f_mul(&scale)?.f_to_kind(self.kind)?;
+        let values = code.f_index_select(0, &nibbles)?.f_mul(&scale)?.f_to_kind(self.meta.kind)?;
         out.f_copy_(&values.f_view(out.size().as_slice())?)?;
         Ok(())
     }
@@ -120,16 +118,8 @@ impl PackedWeight for Codebook {
         Some(self.scheme)
     }
 
-    fn sizes(&self) -> &[i64] {
-        &self.sizes
-    }
-
-    fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    fn device(&self) -> Device {
-        self.device
+    fn meta(&self) -> &Meta {
+        &self.meta
     }
 
     /// Named as bitsandbytes names them, but for `nested_offset`, which it
@@ -137,16 +127,16 @@ impl PackedWeight for Codebook {
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let mut tensors = vec![("weight".to_string(), self.data.get())];
         tensors.extend(self.scales.tensors().map(|(name, tensor)| (format!("weight.{name}"), tensor)));
-        tensors.push(("weight.quant_map".into(), self.code.tensor(self.device)?));
+        tensors.push(("weight.quant_map".into(), self.code.tensor(self.meta.device)?));
         Ok(tensors)
     }
 
     fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let start = start * self.shape()[1];
-        if self.device != Device::Cpu || !out.is_contiguous() {
+        if self.meta.device != Device::Cpu || !out.is_contiguous() {
             return self.unpack_with_operators(start, out);
         }
-        match self.kind {
+        match self.meta.kind {
             Kind::BFloat16 => self.unpack_on_cpu::<bf16>(start as usize, out),
             Kind::Half => self.unpack_on_cpu::<f16>(start as usize, out),
             _ => self.unpack_on_cpu::<f32>(start as usize, out),
