@@ -4,6 +4,7 @@ use super::weights::{Weight, Weights, dtype_name};
 use crate::error::Result;
 use crate::ffi::bytes::TensorBytes;
 use crate::quant::Scheme;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -32,8 +33,20 @@ pub struct Fingerprint {
 
 impl Fingerprint {
     pub(super) fn of(weights: &Weights) -> Result<Self> {
-        let weights = weights.iter().map(print_of).collect::<Result<_>>()?;
-        Ok(Fingerprint { weights })
+        let mut prints = Vec::new();
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        for weight in weights.iter() {
+            let unhashed = Unhashed::of(weight)?;
+            bytes += unhashed.pieces.iter().map(|(_, piece)| piece.as_slice().len()).sum::<usize>();
+            batch.push(unhashed);
+            if bytes >= BATCH {
+                prints.par_extend(std::mem::take(&mut batch).into_par_iter().map(Unhashed::hash));
+                bytes = 0;
+            }
+        }
+        prints.par_extend(batch.into_par_iter().map(Unhashed::hash));
+        Ok(Fingerprint { weights: prints })
     }
 
     /// One line for each weight in which `found` differs from this, the
@@ -70,30 +83,47 @@ fn difference(recorded: &WeightPrint, found: &WeightPrint) -> String {
     }
 }
 
-fn print_of(weight: &Weight) -> Result<WeightPrint> {
-    let frozen = weight.site().map(|site| site.frozen());
-    let mut hasher = blake3::Hasher::new();
-    let (shape, kind, scheme) = match &frozen {
-        Some(packed) if packed.scheme().is_some() => {
-            for (name, tensor) in packed.tensors()? {
-                hasher.update(name.as_bytes()).update_rayon(TensorBytes::of(&tensor)?.as_slice());
+/// Weights of so many bytes are hashed at a time: those of a device are in the
+/// CPU's memory meanwhile.
+const BATCH: usize = 256 << 20;
+
+/// A weight about to be hashed.
+struct Unhashed {
+    /// Without the hash.
+    print: WeightPrint,
+    /// Its bytes, those of a packed one with names.
+    pieces: Vec<(String, TensorBytes)>,
+}
+
+impl Unhashed {
+    fn of(weight: &Weight) -> Result<Self> {
+        let frozen = weight.site().map(|site| site.frozen());
+        let mut pieces = Vec::new();
+        let (shape, kind, scheme) = match &frozen {
+            Some(packed) if packed.scheme().is_some() => {
+                for (name, tensor) in packed.tensors()? {
+                    pieces.push((name.to_string(), TensorBytes::of(&tensor)?));
+                }
+                (packed.sizes().to_vec(), packed.kind(), packed.scheme())
             }
-            (packed.sizes().to_vec(), packed.kind(), packed.scheme())
+            other => {
+                let dense = other.as_ref().and_then(|dense| dense.as_dense());
+                let dense = dense.as_ref().unwrap_or(&weight.tensor);
+                pieces.push((String::new(), TensorBytes::of(dense)?));
+                (dense.size(), dense.f_kind()?, None)
+            }
+        };
+        let (name, dtype) = (weight.name.clone(), dtype_name(kind).into());
+        Ok(Unhashed { print: WeightPrint { name, shape, dtype, scheme, hash: String::new() }, pieces })
+    }
+
+    fn hash(self) -> WeightPrint {
+        let mut hasher = blake3::Hasher::new();
+        for (name, bytes) in &self.pieces {
+            hasher.update(name.as_bytes()).update_rayon(bytes.as_slice());
         }
-        other => {
-            let dense = other.as_ref().and_then(|dense| dense.as_dense());
-            let dense = dense.as_ref().unwrap_or(&weight.tensor);
-            hasher.update_rayon(TensorBytes::of(dense)?.as_slice());
-            (dense.size(), dense.f_kind()?, None)
-        }
-    };
-    Ok(WeightPrint {
-        name: weight.name.clone(),
-        shape,
-        dtype: dtype_name(kind).into(),
-        scheme,
-        hash: hasher.finalize().to_hex().to_string(),
-    })
+        WeightPrint { hash: hasher.finalize().to_hex().to_string(), ..self.print }
+    }
 }
 
 #[cfg(test)]

@@ -40,7 +40,8 @@ impl RunBuilder {
     }
 
     /// Writes checkpoints on a thread, off by default: training stops only
-    /// while the state is copied, and costs memory of the checkpoint's size.
+    /// while the state is copied, and costs memory of the checkpoint's size,
+    /// which is kept from one save to the next.
     ///
     /// What is saved, and the training, are the same either way. An error
     /// comes with the next [`Run::step`] or [`Run::save`], or with

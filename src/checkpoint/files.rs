@@ -3,16 +3,24 @@
 use super::layout::OPTIMIZER;
 use super::manifest::{FileEntry, Manifest};
 use crate::error::{Error, Result};
+use crate::ffi::bytes::Buffer;
+use crate::format::safetensors;
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{ErrorKind, Read};
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use tch::Tensor;
+
+/// A thread reads so many bytes at a time.
+const PIECE: usize = 4 << 20;
 
 /// A checkpoint's files in memory, just as its manifest says they are: what is
 /// used later is what was verified, whatever happens to the folder.
 pub struct CheckpointFiles {
     dir: PathBuf,
-    files: BTreeMap<String, Vec<u8>>,
+    files: BTreeMap<String, Buffer>,
 }
 
 impl CheckpointFiles {
@@ -43,7 +51,7 @@ impl CheckpointFiles {
     }
 
     /// Files that are only in memory, as if they had been read from `dir`.
-    pub(super) fn in_memory(dir: &Path, files: Vec<(String, Vec<u8>)>) -> Self {
+    pub(super) fn in_memory(dir: &Path, files: Vec<(String, Buffer)>) -> Self {
         CheckpointFiles { dir: dir.into(), files: files.into_iter().collect() }
     }
 
@@ -52,12 +60,21 @@ impl CheckpointFiles {
     /// # Errors
     /// [`Error::Corrupt`] if the checkpoint has no such file.
     pub fn get(&self, name: &str) -> Result<&[u8]> {
-        let missing = || Error::corrupt(self.path(name), "the checkpoint has no such file");
-        self.find(name).ok_or_else(missing)
+        self.buffer(name).map(Buffer::as_slice)
     }
 
-    pub(super) fn find(&self, name: &str) -> Option<&[u8]> {
-        self.files.get(name).map(Vec::as_slice)
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.files.contains_key(name)
+    }
+
+    /// The tensors of a file in safetensors format: views of it, to be read only.
+    pub(super) fn tensors(&self, name: &str) -> Result<BTreeMap<String, Tensor>> {
+        safetensors::views(&self.path(name), self.buffer(name)?)
+    }
+
+    fn buffer(&self, name: &str) -> Result<&Buffer> {
+        let missing = || Error::corrupt(self.path(name), "the checkpoint has no such file");
+        self.files.get(name).ok_or_else(missing)
     }
 
     /// Where a file was read from; for errors.
@@ -68,16 +85,23 @@ impl CheckpointFiles {
 
 impl fmt::Debug for CheckpointFiles {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sizes: BTreeMap<_, _> = self.files.iter().map(|(name, bytes)| (name, bytes.len())).collect();
+        let sizes: BTreeMap<_, _> = self.files.iter().map(|(name, bytes)| (name, bytes.as_slice().len())).collect();
         f.debug_struct("CheckpointFiles").field("dir", &self.dir).field("sizes", &sizes).finish()
     }
 }
 
-fn read(path: &Path, entry: &FileEntry) -> Result<Vec<u8>> {
-    let mut file = entry.open(path)?;
-    // `open` has compared the size with the file's: it is no larger than that.
-    let mut bytes = Vec::with_capacity(usize::try_from(entry.size).unwrap_or(0));
-    file.read_to_end(&mut bytes).map_err(Error::io(path))?;
-    entry.check(path, blake3::Hasher::new().update_rayon(&bytes).finalize())?;
+/// Reads a file by all threads, then hashes it.
+fn read(path: &Path, entry: &FileEntry) -> Result<Buffer> {
+    // Compares the size with the file's: no more memory is taken than that.
+    entry.open(path)?;
+    let size = usize::try_from(entry.size).map_err(|error| Error::corrupt(path, error))?;
+    let read_piece = |(i, piece): (usize, &mut [u8])| {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start((i * PIECE) as u64))?;
+        file.read_exact(piece)
+    };
+    let bytes = Buffer::filled(size, |bytes| bytes.par_chunks_mut(PIECE).enumerate().try_for_each(read_piece))?;
+    let bytes = bytes.map_err(Error::io(path))?;
+    entry.check(path, blake3::Hasher::new().update_rayon(bytes.as_slice()).finalize())?;
     Ok(bytes)
 }

@@ -18,6 +18,7 @@
 
 mod base;
 mod builder;
+mod content;
 mod environment;
 mod files;
 mod fs;
@@ -37,6 +38,7 @@ mod write;
 
 pub use base::ResumePolicy;
 pub use builder::RunBuilder;
+pub use content::Content;
 pub use files::CheckpointFiles;
 pub use fs::{FileSystem, OsFileSystem, SyncWrite};
 pub use latest::{Latest, SkippedCheckpoint, latest};

@@ -1,16 +1,17 @@
 //! What a checkpoint needs of a [`LoraModel`].
 
 use super::layout::{ADAPTER, ADAPTER_CONFIG};
-use super::{CheckpointFiles, Checkpointable};
+use super::{CheckpointFiles, Checkpointable, Content};
 use crate::base::Fingerprint;
 use crate::error::{Error, Result};
-use crate::format::{peft, safetensors};
+use crate::format::peft;
 use crate::model::LoraModel;
 use tch::Device;
 
 impl<M> Checkpointable for LoraModel<M> {
-    fn adapter_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        self.adapter_bytes()
+    fn adapter_files(&self) -> Result<Vec<(String, Content)>> {
+        let (tensors, config) = self.adapter_contents()?;
+        Ok(vec![(ADAPTER.into(), Content::Tensors(tensors)), (ADAPTER_CONFIG.into(), Content::Bytes(config))])
     }
 
     fn check_adapter(&self, files: &CheckpointFiles) -> Result<()> {
@@ -19,14 +20,11 @@ impl<M> Checkpointable for LoraModel<M> {
         if !differences.is_empty() {
             return Err(Error::DifferentConfig { what: "LoRA configuration".into(), differences });
         }
-        let path = files.path(ADAPTER);
-        self.check_tensors(&path, &safetensors::deserialize(&path, files.get(ADAPTER)?)?)
+        self.check_tensors(&files.path(ADAPTER), &files.tensors(ADAPTER)?)
     }
 
     fn load_adapter(&mut self, files: &CheckpointFiles) -> Result<()> {
-        let path = files.path(ADAPTER);
-        self.load_tensors(&path, safetensors::deserialize(&path, files.get(ADAPTER)?)?)?;
-        Ok(())
+        self.load_tensors(&files.path(ADAPTER), files.tensors(ADAPTER)?)
     }
 
     fn fingerprint(&self) -> Result<Fingerprint> {

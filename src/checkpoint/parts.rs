@@ -1,6 +1,6 @@
 //! What a run is made of.
 
-use super::CheckpointFiles;
+use super::{CheckpointFiles, Content};
 use crate::base::Fingerprint;
 use crate::error::{Error, Result};
 use crate::train::{Optimizer, Sampler, Schedule, Stateful};
@@ -11,10 +11,12 @@ use tch::Device;
 pub trait Checkpointable {
     /// Name and content of `adapter_model.safetensors` and
     /// `adapter_config.json`, and of further files if the model has any.
+    /// Tensors may be the model's own: they are copied or written before
+    /// training goes on.
     ///
     /// # Errors
     /// libtorch's.
-    fn adapter_files(&self) -> Result<Vec<(String, Vec<u8>)>>;
+    fn adapter_files(&self) -> Result<Vec<(String, Content)>>;
 
     /// Tells whether [`Checkpointable::load_adapter`] would accept the files.
     ///

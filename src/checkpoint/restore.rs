@@ -6,7 +6,6 @@ use super::layout::{BASE, ENVIRONMENT, OPTIMIZER, PARTS, TRAINING_STATE};
 use super::state::{Change, TrainingState};
 use super::{CheckpointFiles, Parts};
 use crate::error::{Error, Result};
-use crate::format::safetensors;
 use crate::train::compare::{differences, same_config};
 use crate::train::{OptimizerState, RngState, SamplerState, State};
 use serde::de::DeserializeOwned;
@@ -49,12 +48,12 @@ impl Loaded {
             let reason = format!("step {}, but the manifest says {step}", state.step);
             return Err(Error::corrupt(files.path(TRAINING_STATE), reason));
         }
-        let optimizer = match files.find(OPTIMIZER) {
-            None => None,
-            Some(bytes) => Some(OptimizerState {
+        let optimizer = match files.has(OPTIMIZER) {
+            false => None,
+            true => Some(OptimizerState {
                 kind: state.optimizer.kind.clone(),
                 hyperparameters: state.optimizer.hyperparameters.clone(),
-                tensors: safetensors::deserialize(&files.path(OPTIMIZER), bytes)?,
+                tensors: files.tensors(OPTIMIZER)?,
             }),
         };
         let base = from_json(&files, BASE)?;
@@ -144,8 +143,12 @@ struct Before {
 
 impl Before {
     fn of(parts: &Parts<'_>) -> Result<Self> {
+        let mut adapter = Vec::new();
+        for (name, content) in parts.model.adapter_files()? {
+            adapter.push((name, content.gather(None)?));
+        }
         Ok(Before {
-            adapter: CheckpointFiles::in_memory(Path::new("memory"), parts.model.adapter_files()?),
+            adapter: CheckpointFiles::in_memory(Path::new("memory"), adapter),
             others: parts.others.iter().map(|(_, part)| part.export_state()).collect::<Result<_>>()?,
             sampler: parts.sampler.state().clone(),
             rng: RngState::capture(&parts.model.devices())?,
@@ -172,7 +175,7 @@ fn parts(files: &CheckpointFiles, state: &TrainingState) -> Result<BTreeMap<Stri
         parts.insert(name.clone(), State { kind, settings, values, tensors: BTreeMap::new() });
     }
     if !parts.is_empty() {
-        for (key, tensor) in safetensors::deserialize(&files.path(PARTS), files.get(PARTS)?)? {
+        for (key, tensor) in files.tensors(PARTS)? {
             let split = key.split_once('.');
             let part = split.and_then(|(part, name)| Some((parts.get_mut(part)?, name)));
             let unknown = || Error::corrupt(files.path(PARTS), format!("{key} belongs to no part"));

@@ -25,8 +25,10 @@ use std::sync::{Arc, Mutex};
 /// batches come from the sampler, random numbers from libtorch's generators,
 /// and everything else that changes is a part of the run or in the user state.
 ///
-/// Gradients are not saved: count a step, which may save, only after
-/// `zero_grad`.
+/// Gradients are saved only by a
+/// [`GradientAccumulation`](crate::GradientAccumulation) that is a part of the
+/// run: with one, a step may be a micro-batch. Without, count a step, which may
+/// save, only after `zero_grad`.
 #[derive(Debug)]
 pub struct Run {
     settings: RunBuilder,
@@ -100,8 +102,10 @@ impl Run {
     /// for another LoRA configuration, optimizer, schedule, sampler or list of
     /// parts, [`Error::NoCheckpoint`] if there are checkpoints and none is
     /// whole, [`Error::NewerFormat`], [`Error::RunInUse`] if another run writes
-    /// into the folder, [`Error::Io`] if it can't be written to.
+    /// into the folder, [`Error::Io`] if it can't be written to;
+    /// [`Error::Config`] for a schedule with numbers out of range.
     pub fn resume_or_start(&mut self, parts: &mut Parts<'_>) -> Result<Start> {
+        parts.schedule.check()?;
         let lock = match self.session.take() {
             Some(mut session) => {
                 session.writer.flush()?;

@@ -1,60 +1,80 @@
 //! From a run's parts to a checkpoint's files.
 
-use super::Parts;
 use super::base::BaseRecord;
 use super::environment::Environment;
 use super::layout::{self, BASE, ENVIRONMENT, OPTIMIZER, PARTS, TRAINING_STATE};
 use super::state::{Change, PartSettings, TrainingState};
+use super::{Content, Parts};
 use crate::error::{Error, Result};
-use crate::format::safetensors;
+use crate::ffi::bytes::Buffer;
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use tch::Tensor;
 
-/// Everything of a run at one step, apart from what training goes on to change.
+/// Everything of a run at one step. The tensors are the run's own: it is
+/// written, or copied, before training goes on.
 #[derive(Debug)]
 pub(super) struct Snapshot {
     pub(super) step: u64,
     pub(super) metric: Option<f64>,
     /// Name and content of each file but the manifest.
-    pub(super) files: Vec<(String, Content)>,
+    files: Vec<(String, Content)>,
 }
 
-/// What a file is to hold. Tensors are copies that training doesn't change;
-/// they are laid out as a file when that is written.
+/// A copy of a [`Snapshot`], which training doesn't change.
 #[derive(Debug)]
-pub(super) enum Content {
-    Bytes(Vec<u8>),
-    Tensors(BTreeMap<String, Tensor>),
+pub(super) struct Copied {
+    step: u64,
+    metric: Option<f64>,
+    files: Vec<(String, Buffer)>,
 }
 
-impl Content {
-    fn json(name: &str, value: &impl Serialize) -> Result<Self> {
-        serde_json::to_vec_pretty(value).map(Content::Bytes).map_err(|error| Error::corrupt(name, error))
+/// What is done with the name and the pieces of a file.
+type ForFile<'a> = dyn FnMut(&str, &[&[u8]]) -> Result<()> + 'a;
+
+/// What is to be written, whoever holds it.
+pub(super) trait Files {
+    fn step(&self) -> u64;
+    fn metric(&self) -> Option<f64>;
+    /// Calls `f` with the name and the pieces of each file, in turn.
+    fn each(&self, f: &mut ForFile<'_>) -> Result<()>;
+}
+
+impl Files for Snapshot {
+    fn step(&self) -> u64 {
+        self.step
     }
 
-    pub(super) fn lay_out(&self) -> Result<LaidOut<'_>> {
-        Ok(match self {
-            Content::Bytes(bytes) => LaidOut::Bytes(bytes),
-            Content::Tensors(tensors) => LaidOut::Tensors(safetensors::Layout::of(tensors)?),
-        })
+    fn metric(&self) -> Option<f64> {
+        self.metric
+    }
+
+    fn each(&self, f: &mut ForFile<'_>) -> Result<()> {
+        self.files.iter().try_for_each(|(name, content)| f(name, &content.lay_out()?.pieces()))
     }
 }
 
-/// A file as it goes to disk.
-pub(super) enum LaidOut<'a> {
-    Bytes(&'a [u8]),
-    Tensors(safetensors::Layout),
+impl Files for Copied {
+    fn step(&self) -> u64 {
+        self.step
+    }
+
+    fn metric(&self) -> Option<f64> {
+        self.metric
+    }
+
+    fn each(&self, f: &mut ForFile<'_>) -> Result<()> {
+        self.files.iter().try_for_each(|(name, bytes)| f(name, &[bytes.as_slice()]))
+    }
 }
 
-impl LaidOut<'_> {
-    /// Its bytes, in pieces.
-    pub(super) fn pieces(&self) -> Vec<&[u8]> {
-        match self {
-            LaidOut::Bytes(bytes) => vec![bytes],
-            LaidOut::Tensors(layout) => layout.pieces(),
-        }
+/// Memory of an earlier copy, by the file's name.
+pub(super) type Spare = BTreeMap<String, Buffer>;
+
+impl Copied {
+    /// The memory, to be used again.
+    pub(super) fn into_spare(self) -> Spare {
+        self.files.into_iter().collect()
     }
 }
 
@@ -68,16 +88,23 @@ pub(super) struct Progress<'a> {
 }
 
 impl Snapshot {
+    pub(super) fn copied(&self, mut spare: Spare) -> Result<Copied> {
+        let mut files = Vec::with_capacity(self.files.len());
+        for (name, content) in &self.files {
+            files.push((name.clone(), content.gather(spare.remove(name))?));
+        }
+        Ok(Copied { step: self.step, metric: self.metric, files })
+    }
+
     pub(super) fn take(parts: &Parts<'_>, progress: Progress<'_>) -> Result<Self> {
         parts.check_names()?;
-        let optimizer = parts.optimizer.export_state()?;
-        let adapter = parts.model.adapter_files()?.into_iter();
-        let mut files: Vec<_> = adapter.map(|(name, bytes)| (name, Content::Bytes(bytes))).collect();
+        let optimizer = parts.optimizer.lend_state()?;
+        let mut files = parts.model.adapter_files()?;
 
         let mut settings = BTreeMap::new();
         let mut tensors = BTreeMap::new();
         for (name, part) in &parts.others {
-            let state = part.export_state()?;
+            let state = part.lend_state()?;
             tensors.extend(state.tensors.into_iter().map(|(key, tensor)| (format!("{name}.{key}"), tensor)));
             let part = PartSettings { kind: state.kind, settings: state.settings, values: state.values };
             settings.insert(name.to_string(), part);
@@ -92,13 +119,17 @@ impl Snapshot {
             "schedule": parts.schedule,
         });
         let environment = Environment::capture(&parts.model.devices(), configuration)?;
-        files.push((TRAINING_STATE.into(), Content::json(TRAINING_STATE, &state)?));
-        files.push((BASE.into(), Content::json(BASE, progress.base)?));
-        files.push((ENVIRONMENT.into(), Content::json(ENVIRONMENT, &environment)?));
+        files.push((TRAINING_STATE.into(), json_file(TRAINING_STATE, &state)?));
+        files.push((BASE.into(), json_file(BASE, progress.base)?));
+        files.push((ENVIRONMENT.into(), json_file(ENVIRONMENT, &environment)?));
         files.push((OPTIMIZER.into(), Content::Tensors(optimizer.tensors)));
         check_names(&files)?;
         Ok(Snapshot { step: progress.step, metric: progress.metric, files })
     }
+}
+
+fn json_file(name: &str, value: &impl Serialize) -> Result<Content> {
+    serde_json::to_vec_pretty(value).map(Content::Bytes).map_err(|error| Error::corrupt(name, error))
 }
 
 /// A model must give the two files of an adapter, and no path, no name twice

@@ -3,7 +3,7 @@
 use super::fs::FileSystem;
 use super::lock::Lock;
 use super::retention::{Judged, Retention, rotate};
-use super::snapshot::Snapshot;
+use super::snapshot::{Files, Snapshot, Spare};
 use super::write::commit;
 use crate::error::{Error, Result};
 use std::path::PathBuf;
@@ -22,8 +22,8 @@ pub(super) struct Store {
 
 impl Store {
     /// Writes a checkpoint and deletes those no longer kept.
-    fn write(&self, snapshot: &Snapshot) -> Result<PathBuf> {
-        let step = snapshot.step;
+    fn write(&self, snapshot: &dyn Files) -> Result<PathBuf> {
+        let step = snapshot.step();
         let disk = self.disk.as_ref();
         let not_saved = |error| Error::NotSaved { step, source: Box::new(error) };
         let path = commit(disk, &self.dir, snapshot).map_err(not_saved)?;
@@ -37,18 +37,23 @@ impl Store {
     }
 }
 
+/// What a thread gives back.
+type Written = (Result<PathBuf>, Spare);
+
 /// Writes snapshots one after the other, here or on a thread.
 #[derive(Debug)]
 pub(super) struct Writer {
     store: Arc<Store>,
     background: bool,
     /// The step being written, by which thread.
-    busy: Option<(u64, JoinHandle<Result<PathBuf>>)>,
+    busy: Option<(u64, JoinHandle<Written>)>,
+    /// The memory of the last copy: the next one is as large.
+    spare: Spare,
 }
 
 impl Writer {
     pub(super) fn new(store: Store, background: bool) -> Self {
-        Writer { store: Arc::new(store), background, busy: None }
+        Writer { store: Arc::new(store), background, busy: None, spare: Spare::new() }
     }
 
     /// Writes a snapshot, or has it written once the one before is done with.
@@ -60,9 +65,10 @@ impl Writer {
         // An error of the one before must not keep this one from being tried.
         let before = self.flush();
         let step = snapshot.step;
+        let copied = snapshot.copied(std::mem::take(&mut self.spare))?;
         let store = Arc::clone(&self.store);
         let thread = thread::Builder::new().name(format!("checkpoint {step}"));
-        let spawned = thread.spawn(move || store.write(&snapshot));
+        let spawned = thread.spawn(move || (store.write(&copied), copied.into_spare()));
         let not_saved = |source| Error::NotSaved { step, source: Box::new(Error::io(&self.store.dir)(source)) };
         self.busy = Some((step, spawned.map_err(not_saved)?));
         before
@@ -81,9 +87,11 @@ impl Writer {
         let Some((step, thread)) = self.busy.take() else { return Ok(None) };
         let panicked = |_| {
             let source = Box::new(Error::corrupt(&self.store.dir, "the thread that wrote the checkpoint panicked"));
-            Err(Error::NotSaved { step, source })
+            (Err(Error::NotSaved { step, source }), Spare::new())
         };
-        thread.join().unwrap_or_else(panicked).map(Some)
+        let (saved, spare) = thread.join().unwrap_or_else(panicked);
+        self.spare = spare;
+        saved.map(Some)
     }
 }
 

@@ -4,7 +4,7 @@ use super::fs::FileSystem;
 use super::latest::folder_names;
 use super::layout;
 use super::manifest::{FileEntry, Manifest};
-use super::snapshot::Snapshot;
+use super::snapshot::Files;
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,10 +23,10 @@ const BUFFER: usize = 1 << 20;
 /// The files are not read back: their hashes were taken of the bytes in memory,
 /// and right after a write the system would answer from its cache. Whatever
 /// reads a checkpoint verifies it.
-pub(super) fn commit(disk: &dyn FileSystem, run_dir: &Path, snapshot: &Snapshot) -> Result<PathBuf> {
+pub(super) fn commit(disk: &dyn FileSystem, run_dir: &Path, snapshot: &dyn Files) -> Result<PathBuf> {
     sweep(disk, run_dir)?;
-    let temporary = run_dir.join(layout::temporary(snapshot.step));
-    let result = fill(disk, &temporary, snapshot).and_then(|()| publish(disk, run_dir, snapshot.step, &temporary));
+    let temporary = run_dir.join(layout::temporary(snapshot.step()));
+    let result = fill(disk, &temporary, snapshot).and_then(|()| publish(disk, run_dir, snapshot.step(), &temporary));
     if result.is_err() {
         // What went wrong matters more than whether this works; the next sweep
         // tries again.
@@ -35,18 +35,17 @@ pub(super) fn commit(disk: &dyn FileSystem, run_dir: &Path, snapshot: &Snapshot)
     result
 }
 
-fn fill(disk: &dyn FileSystem, dir: &Path, snapshot: &Snapshot) -> Result<()> {
+fn fill(disk: &dyn FileSystem, dir: &Path, snapshot: &dyn Files) -> Result<()> {
     disk.create_dir(dir).map_err(Error::io(dir))?;
     let mut entries = BTreeMap::new();
-    for (name, content) in &snapshot.files {
+    snapshot.each(&mut |name, pieces| {
         let path = dir.join(name);
-        let file = content.lay_out()?;
-        let pieces = file.pieces();
-        let (entry, written) = rayon::join(|| FileEntry::of(&pieces), || write_synced(disk, &path, &pieces));
+        let (entry, written) = rayon::join(|| FileEntry::of(pieces), || write_synced(disk, &path, pieces));
         written?;
-        entries.insert(name.clone(), entry);
-    }
-    let manifest = Manifest::new(snapshot.step, snapshot.metric, entries);
+        entries.insert(name.to_string(), entry);
+        Ok(())
+    })?;
+    let manifest = Manifest::new(snapshot.step(), snapshot.metric(), entries);
     write_synced(disk, &dir.join(layout::MANIFEST), &[&manifest.to_text()?])?;
     disk.sync_dir(dir).map_err(Error::io(dir))
 }

@@ -1,6 +1,7 @@
 //! The raw elements of a CPU tensor.
 
 use crate::error::{Error, Result};
+use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 /// Bytes per element.
@@ -116,6 +117,81 @@ pub(crate) fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Resu
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), data, bytes.len()) };
     }
     Ok(tensor)
+}
+
+/// Copies the second of each pair over the first, by all threads.
+pub(crate) fn copy_all(pairs: Vec<(Tensor, Tensor)>) -> Result<()> {
+    pairs.into_par_iter().try_for_each(|(mut to, from)| {
+        // Of this thread.
+        let _no_grad = tch::no_grad_guard();
+        to.f_copy_(&from)?;
+        Ok(())
+    })
+}
+
+/// Bytes in memory of libtorch's, of which tensors can be views.
+#[derive(Debug)]
+pub(crate) struct Buffer(Tensor);
+
+/// Bytes that one thread copies at a time.
+const CHUNK: usize = 1 << 20;
+
+impl Buffer {
+    /// `len` bytes of any value, in the memory of `spare` if that is as large:
+    /// pages that are there already need not be asked of the system again.
+    fn new(len: usize, spare: Option<Buffer>) -> Result<Self> {
+        match spare {
+            Some(spare) if spare.0.numel() == len => Ok(spare),
+            _ => Ok(Buffer(Tensor::f_empty([len as i64], (Kind::Uint8, Device::Cpu))?)),
+        }
+    }
+
+    /// The pieces one after the other, copied by all threads.
+    pub(crate) fn gather(pieces: &[&[u8]], spare: Option<Buffer>) -> Result<Self> {
+        let mut buffer = Self::new(pieces.iter().map(|piece| piece.len()).sum(), spare)?;
+        write::<u8, _>(&mut buffer.0, |mut rest| {
+            let mut copies = Vec::with_capacity(pieces.len());
+            for piece in pieces {
+                let (to, after) = rest.split_at_mut(piece.len());
+                copies.extend(to.chunks_mut(CHUNK).zip(piece.chunks(CHUNK)));
+                rest = after;
+            }
+            copies.into_par_iter().for_each(|(to, from)| to.copy_from_slice(from));
+        })?;
+        Ok(buffer)
+    }
+
+    /// `len` bytes that `fill` sets, all of them unless it fails.
+    pub(crate) fn filled<E>(
+        len: usize,
+        fill: impl FnOnce(&mut [u8]) -> std::result::Result<(), E>,
+    ) -> Result<std::result::Result<Self, E>> {
+        let mut buffer = Self::new(len, None)?;
+        let filled = write::<u8, _>(&mut buffer.0, fill)?;
+        Ok(filled.map(|()| buffer))
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        let data = self.0.data_ptr().cast::<u8>();
+        if data.is_null() {
+            return &[];
+        }
+        // SAFETY: `new` made it contiguous, on the CPU and of bytes; the borrow
+        // keeps it alive, and nothing in this crate writes to one once it is
+        // filled, nor to a view of it.
+        unsafe { std::slice::from_raw_parts(data.cast_const(), self.0.numel()) }
+    }
+
+    /// A tensor over the bytes from `start` on, which are enough for it; a copy
+    /// where they are not aligned for its elements.
+    pub(crate) fn view(&self, start: usize, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        let len = shape.iter().product::<i64>() as usize * element_size(kind);
+        if len == 0 || !start.is_multiple_of(element_size(kind)) {
+            let bytes = self.as_slice().get(start..start + len).unwrap_or_default();
+            return tensor_from_bytes(bytes, shape, kind);
+        }
+        Ok(self.0.f_narrow(0, start as i64, len as i64)?.f_view_dtype(kind)?.f_view(shape)?)
+    }
 }
 
 /// A contiguous CPU tensor whose bytes can be borrowed.

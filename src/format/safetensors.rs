@@ -1,7 +1,7 @@
 //! Tensors by name, to and from safetensors bytes.
 
 use crate::error::{Error, Result};
-use crate::ffi::bytes::{TensorBytes, tensor_from_bytes};
+use crate::ffi::bytes::{Buffer, TensorBytes, tensor_from_bytes};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 use std::collections::{BTreeMap, HashMap};
@@ -76,6 +76,23 @@ pub(crate) fn read(path: &Path) -> Result<BTreeMap<String, Tensor>> {
 
 /// [`read`] for bytes in memory; `path` is named in errors.
 pub(crate) fn deserialize(path: &Path, bytes: &[u8]) -> Result<BTreeMap<String, Tensor>> {
+    tensors(path, bytes, tensor_from_bytes)
+}
+
+/// The same without copying: the tensors are views of the buffer, to be read
+/// only.
+pub(crate) fn views(path: &Path, buffer: &Buffer) -> Result<BTreeMap<String, Tensor>> {
+    let bytes = buffer.as_slice();
+    let start = |data: &[u8]| data.as_ptr().addr() - bytes.as_ptr().addr();
+    tensors(path, bytes, |data, shape, kind| buffer.view(start(data), shape, kind))
+}
+
+/// Each tensor of a file as `make` has it, from its bytes, shape and dtype.
+fn tensors(
+    path: &Path,
+    bytes: &[u8],
+    make: impl Fn(&[u8], &[i64], Kind) -> Result<Tensor>,
+) -> Result<BTreeMap<String, Tensor>> {
     let file = SafeTensors::deserialize(bytes)
         .map_err(|error| Error::corrupt(path, format!("not a whole safetensors file ({error})")))?;
     let mut tensors = BTreeMap::new();
@@ -83,7 +100,7 @@ pub(crate) fn deserialize(path: &Path, bytes: &[u8]) -> Result<BTreeMap<String, 
         let kind = kind(view.dtype())
             .ok_or_else(|| Error::corrupt(path, format!("{name} has dtype {:?}, unknown to libtorch", view.dtype())))?;
         let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();
-        tensors.insert(name, tensor_from_bytes(view.data(), &shape, kind)?);
+        tensors.insert(name, make(view.data(), &shape, kind)?);
     }
     Ok(tensors)
 }

@@ -4,10 +4,12 @@ use super::adapter::{DEFAULT, NamedAdapter};
 use super::{LoraModel, NamedParameter};
 use crate::base::Base;
 use crate::error::{Error, Result};
+use crate::ffi::bytes::copy_all;
 use crate::format::{LoadReport, peft, safetensors, write_files};
 use crate::lora::{InitLoraWeights, Switches};
 use crate::quant::check_finite;
-use std::collections::BTreeMap;
+use rayon::prelude::*;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -91,10 +93,12 @@ impl<M> LoraModel<M> {
         Ok(())
     }
 
-    /// Loads the tensors of the model's one adapter in place, all or none.
+    /// Loads the tensors of the model's one adapter in place, all or none. That
+    /// their values are finite is known.
     pub(crate) fn load_tensors(&self, path: &Path, tensors: BTreeMap<String, Tensor>) -> Result<()> {
-        self.check_tensors(path, &tensors)?;
-        fill(&self.only()?.tensors(), tensors)
+        let parameters = self.only()?.tensors();
+        check_shapes(&parameters, path, &tensors)?;
+        fill(&parameters, tensors)
     }
 
     /// The adapter, if there is no other.
@@ -134,14 +138,24 @@ impl<M> LoraModel<M> {
         write_files(folder.as_ref(), &self.named(name)?.files(dtype)?)
     }
 
-    /// The files of the model's one adapter as they go to disk.
-    pub(crate) fn adapter_bytes(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        self.only()?.files(None)
+    /// The model's one adapter as it goes to disk: its own tensors by their
+    /// keys, and `adapter_config.json`.
+    pub(crate) fn adapter_contents(&self) -> Result<(BTreeMap<String, Tensor>, Vec<u8>)> {
+        self.only()?.contents(None)
     }
 }
 
 impl NamedAdapter {
     fn files(&self, dtype: Option<Kind>) -> Result<Vec<(String, Vec<u8>)>> {
+        let (tensors, config) = self.contents(dtype)?;
+        Ok(vec![
+            (peft::WEIGHTS_FILE.to_string(), safetensors::serialize(&tensors)?),
+            (peft::CONFIG_FILE.to_string(), config),
+        ])
+    }
+
+    /// Its tensors, not copied where they are of the dtype, and its configuration.
+    fn contents(&self, dtype: Option<Kind>) -> Result<(BTreeMap<String, Tensor>, Vec<u8>)> {
         let mut config = self.config.clone();
         config.other.insert("inference_mode".into(), true.into());
         let mut tensors = BTreeMap::new();
@@ -149,10 +163,7 @@ impl NamedAdapter {
             let kind = dtype.unwrap_or(tensor.f_kind()?);
             tensors.insert(name, tensor.f_detach()?.f_to_kind(kind)?);
         }
-        Ok(vec![
-            (peft::WEIGHTS_FILE.to_string(), safetensors::serialize(&tensors)?),
-            (peft::CONFIG_FILE.to_string(), peft::config_to_json(&config)?),
-        ])
+        Ok((tensors, peft::config_to_json(&config)?))
     }
 }
 
@@ -187,10 +198,17 @@ pub(super) fn check_tensors(
     path: &Path,
     tensors: &BTreeMap<String, Tensor>,
 ) -> Result<()> {
+    check_shapes(parameters, path, tensors)?;
+    let broken = "the adapter is broken: use an earlier one";
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name, tensor.shallow_clone())).collect();
+    tensors.into_par_iter().try_for_each(|(name, tensor)| check_finite(name, &tensor, broken))
+}
+
+fn check_shapes(parameters: &[NamedParameter], path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    let names: HashSet<&str> = parameters.iter().map(|p| p.name.as_str()).collect();
     let missing: Vec<String> =
         parameters.iter().filter(|p| !tensors.contains_key(&p.name)).map(|p| p.name.clone()).collect();
-    let unexpected: Vec<String> =
-        tensors.keys().filter(|key| !parameters.iter().any(|p| p.name == **key)).cloned().collect();
+    let unexpected: Vec<String> = tensors.keys().filter(|key| !names.contains(key.as_str())).cloned().collect();
     if !missing.is_empty() || !unexpected.is_empty() {
         return Err(Error::Keys { path: path.into(), missing, unexpected });
     }
@@ -203,20 +221,14 @@ pub(super) fn check_tensors(
                 found: format!("{:?} {:?}", found.f_kind()?, found.size()),
             });
         }
-        check_finite(&p.name, found, "the adapter is broken: use an earlier one")?;
     }
     Ok(())
 }
 
 /// Copies checked tensors over the parameters.
 fn fill(parameters: &[NamedParameter], mut tensors: BTreeMap<String, Tensor>) -> Result<()> {
-    let _no_grad = tch::no_grad_guard();
-    for NamedParameter { name, tensor } in parameters {
-        if let Some(found) = tensors.remove(name) {
-            tensor.shallow_clone().f_copy_(&found)?;
-        }
-    }
-    Ok(())
+    let pair = |p: &NamedParameter| Some((p.tensor.shallow_clone(), tensors.remove(&p.name)?));
+    copy_all(parameters.iter().filter_map(pair).collect())
 }
 
 /// Takes the copies of base weights out of an adapter's tensors, and answers

@@ -1,6 +1,6 @@
 //! Steps over several micro-batches.
 
-use super::state::{Expected, State, Stateful, copies, read_values, same_kind, same_names, same_shapes};
+use super::state::{Expected, State, Stateful, copies, owned, read_values, same_kind, same_names, same_shapes};
 use crate::error::{Error, Result};
 use crate::ffi::context::set_grad;
 use crate::model::NamedParameter;
@@ -108,11 +108,16 @@ impl GradientAccumulation {
 
 impl Stateful for GradientAccumulation {
     fn export_state(&self) -> Result<State> {
+        let lent = self.lend_state()?;
+        Ok(State { tensors: owned(lent.tensors)?, ..lent })
+    }
+
+    fn lend_state(&self) -> Result<State> {
         let mut tensors = BTreeMap::new();
         for NamedParameter { name, tensor } in &self.parameters {
             let grad = tensor.f_grad()?;
             if grad.defined() {
-                tensors.insert(name.clone(), grad.f_detach_copy()?);
+                tensors.insert(name.clone(), grad);
             }
         }
         let position = Position { micro_step: self.done, gradients: tensors.keys().cloned().collect() };

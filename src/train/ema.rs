@@ -1,6 +1,6 @@
 //! A moving average of the weights.
 
-use super::state::{Expected, State, Stateful, copies, read_values, same_kind, same_names, same_shapes};
+use super::state::{Expected, State, Stateful, copies, owned, read_values, same_kind, same_names, same_shapes};
 use crate::error::{Error, Result};
 use crate::model::NamedParameter;
 use crate::train::compare::same_config;
@@ -209,8 +209,13 @@ impl Drop for EmaSwap<'_> {
 
 impl Stateful for Ema {
     fn export_state(&self) -> Result<State> {
-        let copy = |shadow: &Shadow| Ok((shadow.name.clone(), shadow.average.f_detach_copy()?));
-        let tensors = self.shadow.iter().map(copy).collect::<Result<_>>()?;
+        let lent = self.lend_state()?;
+        Ok(State { tensors: owned(lent.tensors)?, ..lent })
+    }
+
+    fn lend_state(&self) -> Result<State> {
+        let lend = |shadow: &Shadow| (shadow.name.clone(), shadow.average.shallow_clone());
+        let tensors = self.shadow.iter().map(lend).collect();
         let values = json!(Position { updates: self.updates });
         Ok(State { kind: KIND.into(), settings: self.settings(), values, tensors })
     }

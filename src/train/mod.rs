@@ -74,6 +74,15 @@ pub trait Optimizer {
     /// libtorch's.
     fn export_state(&self) -> Result<OptimizerState>;
 
+    /// The same for who is done with it before the next step: the tensors may
+    /// be the optimizer's own, to be read only. Checkpoints are made of it.
+    ///
+    /// # Errors
+    /// libtorch's.
+    fn lend_state(&self) -> Result<OptimizerState> {
+        self.export_state()
+    }
+
     /// Tells whether [`Optimizer::import_state`] would accept the state.
     ///
     /// # Errors

@@ -19,6 +19,15 @@ pub trait Stateful {
     /// libtorch's.
     fn export_state(&self) -> Result<State>;
 
+    /// The same for who is done with it before the next step: the tensors may
+    /// be the run's own, to be read only. Checkpoints are made of it.
+    ///
+    /// # Errors
+    /// libtorch's.
+    fn lend_state(&self) -> Result<State> {
+        self.export_state()
+    }
+
     /// Tells whether [`Stateful::import_state`] would accept the state.
     ///
     /// # Errors
@@ -50,6 +59,11 @@ pub struct State {
 
 /// The tensors that a state must have, by name.
 pub(super) type Expected<'a> = BTreeMap<String, &'a Tensor>;
+
+/// Copies of lent tensors, which later steps don't change.
+pub(super) fn owned(lent: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
+    lent.into_iter().map(|(name, tensor)| Ok((name, tensor.f_detach_copy()?))).collect()
+}
 
 /// Refuses a state of another kind.
 pub(super) fn same_kind(what: &str, recorded: &str, given: &str) -> Result<()> {

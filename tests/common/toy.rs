@@ -4,8 +4,9 @@ use std::path::Path;
 use tch::nn::{self, ModuleT};
 use tch::{Device, Kind, Tensor};
 use tch_peft::{
-    Adafactor, AdamW, AdamW8bit, Base, Checkpointable, Error, Fp8Format, Lion, LoraConfig, LoraModel, Optimizer, Parts,
-    QuantConfig, Result, Run, RunBuilder, Sampler, Schedule, Sgd, Start, State, Stateful,
+    Adafactor, AdamW, AdamW8bit, Base, Checkpointable, Ema, Error, Fp8Format, Generator, GradientAccumulation, Lion,
+    LoraConfig, LoraModel, LossScaler, Optimizer, OwnState, Parts, QuantConfig, Result, Run, RunBuilder, Sampler,
+    Schedule, Sgd, Start, State, Stateful,
 };
 
 pub const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -24,6 +25,8 @@ pub struct Setup {
     pub accumulate: usize,
     /// With a moving average of the weights as a further part.
     pub average: bool,
+    /// One of the crate's own parts, or `none`.
+    pub part: &'static str,
     pub schedule: Schedule,
 }
 
@@ -36,6 +39,7 @@ impl Default for Setup {
             dropout: 0.2,
             accumulate: 1,
             average: true,
+            part: "none",
             schedule: Schedule::constant(),
         }
     }
@@ -89,6 +93,7 @@ pub struct Toy {
     pub schedule: Schedule,
     pub sampler: Sampler,
     pub average: Option<Average>,
+    pub part: Option<Part>,
     /// One more part.
     pub extra: Option<Box<dyn Stateful>>,
     pub run: Run,
@@ -117,6 +122,7 @@ impl Toy {
         };
         let parameters = model.trainable_parameters();
         let average = setup.average.then(|| Average::new(&model));
+        let part = Part::new(setup.part, &model);
         let optimizer: Box<dyn Optimizer> = match setup.optimizer {
             "adamw" => Box::new(AdamW::builder().lr(1e-2).build(parameters).unwrap()),
             "adamw8bit" => Box::new(AdamW8bit::builder().lr(1e-2).build(parameters).unwrap()),
@@ -128,7 +134,7 @@ impl Toy {
         };
         let sampler = Sampler::new(ROWS, 5, 9).unwrap();
         let (schedule, accumulate) = (setup.schedule, setup.accumulate);
-        Toy { model, optimizer, schedule, sampler, average, extra: None, run: run.build().unwrap(), accumulate }
+        Toy { model, optimizer, schedule, sampler, average, part, extra: None, run: run.build().unwrap(), accumulate }
     }
 
     /// Resumes or starts; what was drawn before doesn't matter to a resumed run.
@@ -145,10 +151,26 @@ impl Toy {
             let rows: Vec<i64> = self.sampler.next_batch().into_iter().map(|row| row as i64).collect();
             let rows = Tensor::from_slice(&rows);
             let output = self.model.forward(&features.index_select(0, &rows)).unwrap();
-            output.cross_entropy_for_logits(&labels.index_select(0, &rows)).backward();
+            let loss = output.cross_entropy_for_logits(&labels.index_select(0, &rows));
+            self.part.as_mut().map_or(loss.shallow_clone(), |part| part.loss(loss)).backward();
         }
-        self.optimizer.step().unwrap();
+        match &mut self.part {
+            // A step is one micro-batch: the run saves amid them.
+            Some(Part::Accumulation(accumulation)) => {
+                if !accumulation.count() {
+                    return;
+                }
+                self.optimizer.step().unwrap();
+            }
+            Some(Part::Scaler(scaler)) => {
+                scaler.step(self.optimizer.as_mut(), &self.model.trainable_parameters()).unwrap();
+            }
+            _ => self.optimizer.step().unwrap(),
+        }
         self.optimizer.zero_grad().unwrap();
+        if let Some(Part::Ema(ema)) = &mut self.part {
+            ema.update().unwrap();
+        }
         if let Some(average) = &mut self.average {
             average.update(&self.model);
         }
@@ -179,6 +201,10 @@ impl Toy {
             Some(average) => parts.with("average", average),
             None => parts,
         };
+        let parts = match &mut self.part {
+            Some(part) => parts.with("part", part.stateful()),
+            None => parts,
+        };
         let parts = match &mut self.extra {
             Some(extra) => parts.with("extra", extra.as_mut()),
             None => parts,
@@ -188,7 +214,7 @@ impl Toy {
 
     /// The adapter's file.
     pub fn adapter(&self) -> Vec<u8> {
-        self.model.adapter_files().unwrap().remove(0).1
+        self.model.adapter_files().unwrap().remove(0).1.to_bytes().unwrap()
     }
 
     /// All that a checkpoint would bring back, to be compared.
@@ -203,6 +229,11 @@ impl Toy {
         add(self.optimizer.export_state().unwrap().tensors);
         if let Some(average) = &self.average {
             add(average.export_state().unwrap().tensors);
+        }
+        if let Some(part) = &self.part {
+            let state = part.export();
+            add(state.tensors);
+            bytes.extend(state.values.to_string().bytes());
         }
         // The fields that the first version had: the corpus's hashes are of them.
         let s = self.sampler.state();
@@ -226,6 +257,66 @@ pub fn straight(setup: Setup, dir: &Path, steps: u64) -> Vec<u8> {
     toy.start().unwrap();
     toy.train_to(steps);
     toy.adapter()
+}
+
+/// One of the crate's own parts, on which what is learnt depends.
+pub enum Part {
+    Ema(Ema),
+    Scaler(LossScaler),
+    Accumulation(GradientAccumulation),
+    Generator(Generator),
+    Own(OwnState<f64>),
+}
+
+impl Part {
+    fn new(name: &str, model: &LoraModel<Net>) -> Option<Self> {
+        let parameters = model.trainable_parameters();
+        Some(match name {
+            "none" => return None,
+            "ema" => Part::Ema(Ema::builder().warmup(1.0, 0.7).build(parameters).unwrap()),
+            // It grows every second step, from a scale that small gradients round at.
+            "loss_scaler" => Part::Scaler(LossScaler::with_settings(0.3, 1.7, 0.5, 2).unwrap()),
+            "gradient_accumulation" => Part::Accumulation(GradientAccumulation::new(3, parameters).unwrap()),
+            "generator" => Part::Generator(Generator::new(7)),
+            "own_state" => Part::Own(OwnState::new("running loss", 1.0)),
+            other => panic!("no part {other}"),
+        })
+    }
+
+    /// The loss to go back from.
+    fn loss(&mut self, loss: Tensor) -> Tensor {
+        match self {
+            Part::Ema(_) => loss,
+            Part::Scaler(scaler) => scaler.scale(&loss).unwrap(),
+            Part::Accumulation(accumulation) => accumulation.scale(&loss).unwrap(),
+            Part::Generator(generator) => loss * generator.uniform(&[], Device::Cpu).unwrap(),
+            Part::Own(running) => {
+                **running = 0.9 * **running + 0.1 * loss.double_value(&[]);
+                loss / **running
+            }
+        }
+    }
+
+    fn export(&self) -> State {
+        let part: &dyn Stateful = match self {
+            Part::Ema(ema) => ema,
+            Part::Scaler(scaler) => scaler,
+            Part::Accumulation(accumulation) => accumulation,
+            Part::Generator(generator) => generator,
+            Part::Own(own) => own,
+        };
+        part.export_state().unwrap()
+    }
+
+    fn stateful(&mut self) -> &mut dyn Stateful {
+        match self {
+            Part::Ema(ema) => ema,
+            Part::Scaler(scaler) => scaler,
+            Part::Accumulation(accumulation) => accumulation,
+            Part::Generator(generator) => generator,
+            Part::Own(own) => own,
+        }
+    }
 }
 
 /// A moving average of the adapter: a part that the crate doesn't know.

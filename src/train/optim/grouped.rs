@@ -2,12 +2,12 @@
 
 use super::rule::{ParameterGroup, Update, UpdateRule};
 use crate::error::{Error, Result};
+use crate::ffi::bytes::copy_all;
 use crate::model::NamedParameter;
 use crate::train::compare::same_config;
-use crate::train::state::{Expected, copies, same_kind, same_names, same_shapes};
+use crate::train::state::{Expected, owned, same_kind, same_names, same_shapes};
 use crate::train::{Optimizer, OptimizerState};
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
 use tch::{COptimizer, Device, Kind, Tensor};
 
 /// An optimizer over named parameters in groups; `R` is how it updates them.
@@ -133,10 +133,12 @@ impl<R: UpdateRule> Optimizer for GroupedOptimizer<R> {
     }
 
     fn export_state(&self) -> Result<OptimizerState> {
-        let mut tensors = BTreeMap::new();
-        for (name, tensor) in self.expected() {
-            tensors.insert(name, tensor.f_detach_copy()?);
-        }
+        let lent = self.lend_state()?;
+        Ok(OptimizerState { tensors: owned(lent.tensors)?, ..lent })
+    }
+
+    fn lend_state(&self) -> Result<OptimizerState> {
+        let tensors = self.expected().into_iter().map(|(name, tensor)| (name, tensor.shallow_clone())).collect();
         Ok(OptimizerState { kind: R::KIND.into(), hyperparameters: self.hyperparameters(), tensors })
     }
 
@@ -150,14 +152,9 @@ impl<R: UpdateRule> Optimizer for GroupedOptimizer<R> {
 
     fn import_state(&mut self, state: OptimizerState) -> Result<()> {
         self.check_state(&state)?;
-        let mut copies = copies(&self.expected(), &state.tensors)?;
-        for slot in &mut self.slots {
-            for (i, name) in slot.keys().collect::<Vec<_>>().into_iter().enumerate() {
-                if let Some(copy) = copies.remove(&name) {
-                    slot.state[i] = copy;
-                }
-            }
-        }
-        Ok(())
+        // In place, which needs no memory that a device may lack: after the
+        // check there is nothing left to fail.
+        let expected = self.expected().into_iter();
+        copy_all(expected.map(|(name, to)| (to.shallow_clone(), state.tensors[&name].shallow_clone())).collect())
     }
 }
