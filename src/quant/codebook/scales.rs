@@ -37,7 +37,7 @@ impl Scales {
             // The sum overflowed; the mean of finite scales doesn't.
             offset = absmax.f_mean(Kind::Double)?.f_to_kind(Kind::Float)?;
         }
-        let map = dynamic_map(absmax.device())?;
+        let map = Tensor::f_from_slice(&dynamic_map(true)?)?.f_to_device(absmax.device())?;
         let (codes, nested) = quantize_blocks(&absmax.f_sub(&offset)?, NESTED_BLOCK, &map)?;
         Ok(Scales::Double {
             codes: SharedTensor::new(codes),

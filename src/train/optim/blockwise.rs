@@ -1,6 +1,7 @@
 //! Tensors in 8 bits with one scale for each block of 256 values.
 
 use crate::error::Result;
+use crate::quant::dynamic_map;
 use tch::{Device, Kind, Tensor};
 
 /// Values that share a scale.
@@ -14,29 +15,9 @@ pub(super) struct Code {
 }
 
 impl Code {
-    /// The dynamic map of `bitsandbytes.functional.create_dynamic_map`.
-    ///
-    /// Dettmers, "8-bit approximations for parallelism in deep learning"
-    /// (arXiv:1511.04561): for each of 7 exponents, the midpoints of evenly
-    /// spaced fractions between 0.1 and 1, twice as many from one exponent to
-    /// the next; plus 0 and 1. The unsigned map has twice as many fractions
-    /// instead of the negative half. The arithmetic is f32 in this order,
-    /// which fixes the bits.
+    /// The dynamic map, as `bitsandbytes.functional.create_dynamic_map` makes it.
     pub(super) fn dynamic(signed: bool, device: Device) -> Result<Code> {
-        let mut values: Vec<f32> = vec![0.0, 1.0];
-        for i in 0..7 {
-            let fractions = if signed { 1 << i } else { 2 << i };
-            let bounds = Tensor::f_linspace(0.1, 1.0, fractions + 1, (Kind::Float, Device::Cpu))?;
-            let sum = bounds.f_narrow(0, 0, fractions)?.f_add(&bounds.f_narrow(0, 1, fractions)?)?;
-            let means = sum.f_div_scalar(2.0)?.f_mul_scalar(10f64.powi(i - 6))?;
-            for mean in Vec::<f32>::try_from(means)? {
-                values.push(mean);
-                values.extend(signed.then_some(-mean));
-            }
-        }
-        // The unsigned map has one value less to spare.
-        values.resize(256, 0.0);
-        values.sort_by(f32::total_cmp);
+        let values = dynamic_map(signed)?;
         let midpoints: Vec<f32> = values.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0).collect();
         let on = |values: &[f32]| Tensor::f_from_slice(values)?.f_to_device(device);
         Ok(Code { values: on(&values)?, midpoints: on(&midpoints)? })
