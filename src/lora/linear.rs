@@ -13,7 +13,7 @@ use crate::ffi::autograd::{self, Backward};
 use crate::ffi::compute::add_product;
 use crate::ffi::hook::Operator;
 use crate::quant::frozen::frozen;
-use crate::quant::linear::{Like, Rows, bias_gradient, gradient_rows};
+use crate::quant::linear::{Like, Rows, as_matrix, bias_gradient};
 use crate::quant::{LinearMap, PackedWeight};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -165,7 +165,7 @@ impl Backward for LoraNode {
         let mask = mask.first();
         let needs = |i: usize| needed.get(i) == Some(&true);
         let kind = x.f_kind()?;
-        let grad = gradient_rows(grad, self.map.out())?.f_to_kind(kind)?;
+        let grad = as_matrix(grad, self.map.out())?.f_to_kind(kind)?;
 
         let mut grads = vec![None, None, None];
         if needs(0) || needs(1) {
