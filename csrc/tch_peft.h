@@ -89,6 +89,7 @@ char* tp_record(const tp_tensor* inputs, size_t n_inputs, const tp_tensor* saved
 
 char* tp_generator_state(int device, tp_tensor* out);
 char* tp_set_generator_state(int device, tp_tensor state);
+char* tp_with_cpu_engine(void* context, void (*call)(void* context, uint32_t* words, size_t* used));
 
 char* tp_fused_adamw(const tp_tensor* params, const tp_tensor* grads, const tp_tensor* exp_avgs,
                      const tp_tensor* exp_avg_sqs, const tp_tensor* steps, size_t n, double lr, double beta1,
@@ -133,6 +134,7 @@ void tp_trim_heap();
 char* tp_parallel_for(size_t n, void* context, bool (*call)(void* context, size_t begin, size_t end, std::string* error));
 bool tp_has_onednn();
 char* tp_onednn_linear(tp_tensor x, tp_tensor w, tp_tensor* out);
+char* tp_addmm(tp_tensor out, tp_tensor a, tp_tensor b, double beta, double alpha);
 
 const char* tp_cuda_status();
 }

@@ -91,6 +91,14 @@ pub(super) enum OutputChannels {
 }
 
 impl OutputChannels {
+    /// That dimension in a result of `dims` dimensions.
+    pub(super) fn dim(self, dims: usize) -> i64 {
+        match self {
+            OutputChannels::Last => dims as i64 - 1,
+            OutputChannels::Second => 1,
+        }
+    }
+
     /// One value per feature in a shape that multiplies a result of `dims` dimensions.
     pub(super) fn broadcast(self, values: &Tensor, dims: usize) -> Result<Tensor> {
         match self {

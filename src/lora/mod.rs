@@ -5,6 +5,7 @@ mod combine;
 mod config;
 mod conv;
 mod dora;
+mod dropout;
 mod embedding;
 mod factors;
 mod init;
