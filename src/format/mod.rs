@@ -4,6 +4,7 @@
 //! into PEFT's tensors and configuration, writing goes back.
 
 mod comfyui;
+mod convert;
 mod detect;
 mod diffusers;
 mod file;
