@@ -107,14 +107,6 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 fn main() {
     tch::set_num_threads(2);
-    if let Ok(case) = std::env::var("PROFILE") {
-        let x = Tensor::randn([ROWS, WIDTH], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let m = model(&case);
-        for _ in 0..5 {
-            println!("{case} {:.2} ms", seconds(100, &x, |x| m.forward(x).unwrap()) * 1e3);
-        }
-        return;
-    }
     let mut peer = Peer::start();
     let x = Tensor::randn([ROWS, WIDTH], (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let models: Vec<_> = CASES.iter().map(|case| model(case)).collect();
