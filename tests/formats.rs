@@ -48,7 +48,7 @@ impl<'a> Model<'a> {
 
     fn run(&self, model: &LoraModel<TorchScript>) -> Tensor {
         let inputs: Vec<&Tensor> =
-            (0..4).filter_map(|i| self.answers.get(&format!("{}.input.{i}", self.name))).collect();
+            (0..5).filter_map(|i| self.answers.get(&format!("{}.input.{i}", self.name))).collect();
         model.module().forward_ts(&inputs).unwrap()
     }
 
@@ -96,7 +96,7 @@ fn wrapped(dir: &Path) -> (Base<TorchScript>, KeyMapping) {
 fn files_of_diffusers_answer_as_in_diffusers() {
     use AdapterFormat::{ComfyUi, Diffusers, DiffusersOld, Kohya, Peft};
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
-    let cases: [(&str, &str, AdapterFormat, &[&str]); 14] = [
+    let cases: [(&str, &str, AdapterFormat, &[&str]); 15] = [
         ("metadata", "metadata", Diffusers, &["dit"]),
         ("simpletuner", "metadata", Diffusers, &["dit"]),
         ("peft", "peft", Peft, &["dit"]),
@@ -110,6 +110,7 @@ fn files_of_diffusers_answer_as_in_diffusers() {
         ("processors.safetensors", "processors", DiffusersOld, &["unet", "clip"]),
         ("kohya.safetensors", "kohya", Kohya, &["unet", "clip"]),
         ("kohya_mixed.safetensors", "kohya_mixed", Kohya, &["unet", "clip"]),
+        ("sdxl.safetensors", "sdxl", Kohya, &["sdxl"]),
         ("comfyui.safetensors", "comfyui", ComfyUi, &["dit"]),
     ];
     for (path, case, format, models) in cases {

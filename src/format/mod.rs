@@ -15,6 +15,7 @@ pub(crate) mod peft;
 mod read;
 pub(crate) mod safetensors;
 mod settings;
+mod sgm;
 mod write;
 
 pub use detect::DetectedFormat;

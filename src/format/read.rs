@@ -4,7 +4,7 @@ use super::detect::{detect, refuse_other_kinds};
 use super::file::{AdapterFile, Found};
 use super::keys::{KeyLayout, Part, parse_in};
 use super::settings::{ModuleSettings, exact_config};
-use super::{AdapterFormat, diffusers, peft, safetensors};
+use super::{AdapterFormat, diffusers, peft, safetensors, sgm};
 use crate::error::{Error, Result};
 use crate::lora::{LoraConfig, TargetModules};
 use serde_json::{Map, Value, json};
@@ -171,7 +171,13 @@ impl Source {
         tensors: BTreeMap<String, Tensor>,
     ) -> Result<BTreeMap<&'b str, Module>> {
         let layout = self.format.keys();
-        let known = Names::new(layout, &self.component, layers, renamed);
+        let mut known = Names::new(layout, &self.component, layers, renamed);
+        if matches!(self.format, AdapterFormat::Kohya | AdapterFormat::ComfyUi) {
+            for (path, name) in layers.iter().zip(sgm::names(renamed)) {
+                let names = name.map(|name| layout.names(&self.component, &name)).unwrap_or_default();
+                names.into_iter().for_each(|name| known.add(path, name));
+            }
+        }
         let mut modules: BTreeMap<&str, Module> = BTreeMap::new();
         let mut unexpected = Vec::new();
         for (key, tensor) in tensors {
@@ -335,15 +341,20 @@ impl<'b> Names<'b> {
     fn new(layout: &dyn KeyLayout, component: &str, layers: &[&'b str], renamed: &[String]) -> Self {
         let mut known = Names { own: HashMap::new(), others: HashMap::new() };
         for (path, renamed) in layers.iter().zip(renamed) {
-            let mut names = layout.names(component, renamed).into_iter();
-            if let Some(own) = names.next() {
-                known.own.entry(own).or_default().push(path);
-            }
-            for name in names {
-                known.others.entry(name).or_default().push(path);
+            if let Some((own, others)) = layout.names(component, renamed).split_first() {
+                known.own.entry(own.clone()).or_default().push(path);
+                others.iter().for_each(|name| known.add(path, name.clone()));
             }
         }
         known
+    }
+
+    /// Another name for a module.
+    fn add(&mut self, path: &'b str, name: String) {
+        let paths = self.others.entry(name).or_default();
+        if !paths.contains(&path) {
+            paths.push(path);
+        }
     }
 
     fn module(&self, file: &Path, key: &str, name: &str) -> Result<Option<&'b str>> {

@@ -12,7 +12,13 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders import lora_conversion_utils
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from mirror import randomise
@@ -73,6 +79,24 @@ def clip() -> Clip:
     return Clip(config).eval()
 
 
+class SdxlUNet(UNet2DConditionModel):
+    def forward(self, sample, timestep, encoder_hidden_states, text_embeds, time_ids, **kwargs):
+        conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
+        inputs = (sample, timestep, encoder_hidden_states)
+        return super().forward(*inputs, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+def sdxl() -> SdxlUNet:
+    """With the blocks of SDXL, so that its modules have the same names."""
+    torch.manual_seed(6)
+    return SdxlUNet(
+        sample_size=8, block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4, attention_head_dim=4,
+        cross_attention_dim=16, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=32,
+    ).eval()  # fmt: skip
+
+
 class Wrapped(nn.Module):
     """The same transformer under other names."""
 
@@ -84,7 +108,7 @@ class Wrapped(nn.Module):
         return self.net(*inputs)
 
 
-MODELS = {"unet": unet, "dit": dit, "clip": clip}
+MODELS = {"unet": unet, "dit": dit, "clip": clip, "sdxl": sdxl}
 
 
 def inputs() -> dict[str, tuple]:
@@ -94,6 +118,7 @@ def inputs() -> dict[str, tuple]:
         "unet": (draw(2, 4, 8, 8), torch.tensor([10, 600]), draw(2, 5, 16)),
         "dit": (draw(2, 4, 8, 8), draw(2, 5, 16), draw(2, 24), torch.tensor([10, 600])),
         "clip": (torch.randint(2, 40, (2, 7), generator=generator),),
+        "sdxl": (draw(2, 4, 8, 8), torch.tensor([10, 600]), draw(2, 5, 16), draw(2, 8), draw(2, 6)),
     }
 
 
@@ -138,6 +163,7 @@ def make(out: Path) -> None:
     make_diffusers(out, answer)
     make_old(out, answer)
     make_kohya(out, answer)
+    make_sdxl(out, answer)
     make_comfyui(out, answer)
     make_quantised(out, answer)
     save_file({name: x.detach().contiguous() for name, x in answers.items()}, out / "answers.safetensors")
@@ -286,6 +312,41 @@ def make_kohya(out: Path, answer) -> None:
     merged = unet()
     merge(merged, out / "kohya_mixed.safetensors", "lora_unet_", "lora_down.weight", "lora_up.weight")
     assert torch.allclose(merged(*inputs()["unet"]), model(*inputs()["unet"]), atol=1e-5)
+
+
+# Names as kohya's trainer writes them for SDXL, and the modules that they are in diffusers.
+SDXL_NAMES = {
+    "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks_2_0_emb_layers_1": "down_blocks.0.resnets.1.time_emb_proj",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks_4_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+    "input_blocks_4_1_proj_in": "down_blocks.1.attentions.0.proj_in",
+    "input_blocks_4_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "input_blocks_8_1_transformer_blocks_0_ff_net_2": "down_blocks.2.attentions.1.transformer_blocks.0.ff.net.2",
+    "middle_block_0_out_layers_3": "mid_block.resnets.0.conv2",
+    "middle_block_1_transformer_blocks_0_attn2_to_k": "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+    "middle_block_2_in_layers_2": "mid_block.resnets.1.conv1",
+    "output_blocks_0_1_transformer_blocks_0_attn2_to_out_0": "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0",
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks_5_1_transformer_blocks_0_attn1_to_v": "up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_v",
+    "output_blocks_8_0_in_layers_2": "up_blocks.2.resnets.2.conv1",
+}  # fmt: skip
+
+
+def make_sdxl(out: Path, answer) -> None:
+    """Names counted through, which diffusers maps by the UNet's configuration."""
+    layers = adapted(sdxl(), 20, r=2, lora_alpha=2, target_modules=list(SDXL_NAMES.values()))
+    tensors = {}
+    for name, path in SDXL_NAMES.items():
+        tensors[f"lora_unet_{name}.lora_down.weight"] = layers[f"{path}.lora_A.weight"]
+        tensors[f"lora_unet_{name}.lora_up.weight"] = layers[f"{path}.lora_B.weight"]
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(3.0)
+    save_file(tensors, out / "sdxl.safetensors")
+    model = sdxl()
+    parts = dict.fromkeys(["vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"])
+    StableDiffusionXLPipeline(unet=model, **parts).load_lora_weights(out / "sdxl.safetensors")
+    assert len(adapters_of(model)) == 2 * len(SDXL_NAMES)
+    answer("sdxl", sdxl=model)
 
 
 def merge(model: nn.Module, path: Path, prefix: str, down: str, up: str) -> None:
