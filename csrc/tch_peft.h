@@ -53,8 +53,12 @@ struct tp_convolution {
 // What Rust does for an adapted weight. `site` is Rust's object; a false
 // result means that `error` was filled by tp_set_message.
 struct tp_site_calls {
-  // x · Wᵀ + bias, or x · W + bias if `transposed`.
-  bool (*linear)(void* site, tp_tensor x, tp_tensor bias, bool transposed, tp_tensor* out, std::string* error);
+  // x · Wᵀ + bias, or x · W + bias if `transposed`; W is matrix number `matrix`
+  // of a stack, or below 0 the weight itself.
+  bool (*linear)(void* site, tp_tensor x, tp_tensor bias, int64_t matrix, bool transposed, tp_tensor* out,
+                 std::string* error);
+  // The same for each matrix of a stack, with x a stack as well.
+  bool (*batched)(void* site, tp_tensor x, bool transposed, tp_tensor* out, std::string* error);
   bool (*embedding)(void* site, tp_tensor indices, int64_t padding_idx, bool scale_grad_by_freq, bool sparse,
                     tp_tensor* out, std::string* error);
   bool (*convolution)(void* site, tp_tensor x, tp_tensor bias, const tp_convolution* form, tp_tensor* out,

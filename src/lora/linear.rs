@@ -13,7 +13,7 @@ use crate::ffi::autograd::{self, Backward};
 use crate::ffi::compute::add_product;
 use crate::ffi::hook::Operator;
 use crate::quant::frozen::frozen;
-use crate::quant::linear::{Like, Rows, bias_gradient, gradient_rows};
+use crate::quant::linear::{Like, Rows, as_matrix, bias_gradient};
 use crate::quant::{LinearMap, PackedWeight};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -43,39 +43,10 @@ impl Adapter for LoraLinear {
     fn apply(&self, weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
         let Operator::Linear { x, bias, transposed } = *operator else { return frozen(weight, operator) };
         self.takes_part(operator)?;
-        let map = LinearMap::new(weight, transposed);
-        let (a, b, b_bias) = (self.factors.a(), self.factors.b(), self.factors.bias());
-        let (scaling, p) = (self.factors.scaling(), self.factors.live_dropout());
-        let rows = Rows::new(map.inn(), x)?;
-        let (y, u, mask) = {
-            let _no_grad = tch::no_grad_guard();
-            let x = &rows.matrix;
-            let kind = x.f_kind()?;
-            let mut y = map.apply(x, bias)?;
-            let mask = if p == 0.0 { None } else { Some(draw_mask(x, p)?) };
-            let dropped = mask.as_ref().map_or(Ok(x.shallow_clone()), |mask| keep(x, mask))?;
-            let u = dropped.f_mm(&a.f_to_kind(kind)?.f_tr()?)?;
-            add_product(&mut y, &u, &b.f_to_kind(kind)?.f_tr()?, 1.0, scaling / (1.0 - p))?;
-            if let Some(bias) = &b_bias {
-                let _ = y.f_add_(&bias.f_mul_scalar(scaling)?.f_to_kind(kind)?)?;
-            }
-            (rows.reshape(&y)?, u, mask)
-        };
-        let biases: Vec<&Tensor> = bias.into_iter().chain(&b_bias).collect();
-        let inputs: Vec<&Tensor> = [x, &a, &b].into_iter().chain(biases.iter().copied()).collect();
-        if autograd::needs_grad(&inputs) {
-            let node = LoraNode {
-                map,
-                x: Like::new(x)?,
-                kind: a.f_kind()?,
-                scaling: scaling / (1.0 - p),
-                bias: bias.map(|b| b.f_kind()).transpose()?.map(|kind| (kind, 1.0)),
-                b_bias: b_bias.as_ref().map(|b| b.f_kind()).transpose()?.map(|kind| (kind, scaling)),
-            };
-            let saved: Vec<&Tensor> = [&rows.matrix, &u, &a, &b].into_iter().chain(&mask).collect();
-            autograd::record(&inputs, &saved, &y, Box::new(node))?;
-        }
-        Ok(y)
+        let (a, b, bias_of_b) = (self.factors.a(), self.factors.b(), self.factors.bias());
+        let (scaling, dropout) = (self.factors.scaling(), self.factors.live_dropout());
+        let low_rank = LowRank { a, b, bias: bias_of_b, scaling, dropout };
+        adapted(LinearMap::new(weight, transposed), x, bias, &low_rank)
     }
 
     /// s · B · A, or its transpose where the weight is (in, out).
@@ -136,6 +107,56 @@ impl LoraLayer for LoraLinear {
     }
 }
 
+/// What an adapter adds to a linear layer.
+pub(super) struct LowRank {
+    /// (r, in)
+    pub(super) a: Tensor,
+    /// (out, r)
+    pub(super) b: Tensor,
+    /// (out)
+    pub(super) bias: Option<Tensor>,
+    /// The factor s.
+    pub(super) scaling: f64,
+    /// The probability of dropping an input, 0 where dropout is off.
+    pub(super) dropout: f64,
+}
+
+/// The base's product and the adapter's, as one node.
+pub(super) fn adapted(map: LinearMap, x: &Tensor, bias: Option<&Tensor>, low_rank: &LowRank) -> Result<Tensor> {
+    let LowRank { a, b, bias: b_bias, scaling, dropout: p } = low_rank;
+    let (scaling, p) = (*scaling, *p);
+    let rows = Rows::new(map.inn(), x)?;
+    let (y, u, mask) = {
+        let _no_grad = tch::no_grad_guard();
+        let x = &rows.matrix;
+        let kind = x.f_kind()?;
+        let mut y = map.apply(x, bias)?;
+        let mask = if p == 0.0 { None } else { Some(draw_mask(x, p)?) };
+        let dropped = mask.as_ref().map_or(Ok(x.shallow_clone()), |mask| keep(x, mask))?;
+        let u = dropped.f_mm(&a.f_to_kind(kind)?.f_tr()?)?;
+        add_product(&mut y, &u, &b.f_to_kind(kind)?.f_tr()?, 1.0, scaling / (1.0 - p))?;
+        if let Some(bias) = b_bias {
+            let _ = y.f_add_(&bias.f_mul_scalar(scaling)?.f_to_kind(kind)?)?;
+        }
+        (rows.reshape(&y)?, u, mask)
+    };
+    let biases: Vec<&Tensor> = bias.into_iter().chain(b_bias).collect();
+    let inputs: Vec<&Tensor> = [x, a, b].into_iter().chain(biases.iter().copied()).collect();
+    if autograd::needs_grad(&inputs) {
+        let node = LoraNode {
+            map,
+            x: Like::new(x)?,
+            kind: a.f_kind()?,
+            scaling: scaling / (1.0 - p),
+            bias: bias.map(|b| b.f_kind()).transpose()?.map(|kind| (kind, 1.0)),
+            b_bias: b_bias.as_ref().map(|b| b.f_kind()).transpose()?.map(|kind| (kind, scaling)),
+        };
+        let saved: Vec<&Tensor> = [&rows.matrix, &u, a, b].into_iter().chain(&mask).collect();
+        autograd::record(&inputs, &saved, &y, Box::new(node))?;
+    }
+    Ok(y)
+}
+
 struct LoraNode {
     map: LinearMap,
     x: Like,
@@ -165,7 +186,7 @@ impl Backward for LoraNode {
         let mask = mask.first();
         let needs = |i: usize| needed.get(i) == Some(&true);
         let kind = x.f_kind()?;
-        let grad = gradient_rows(grad, self.map.out())?.f_to_kind(kind)?;
+        let grad = as_matrix(grad, self.map.out())?.f_to_kind(kind)?;
 
         let mut grads = vec![None, None, None];
         if needs(0) || needs(1) {

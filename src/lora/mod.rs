@@ -11,6 +11,7 @@ mod factors;
 mod init;
 mod layer;
 mod linear;
+mod parameter;
 mod replace;
 mod target;
 mod tokens;
@@ -24,5 +25,5 @@ pub use config::{
 };
 pub(crate) use layer::{Built, LayerForm, LayerSpec, LoftQ, LoraLayer, Switches};
 pub(crate) use replace::Replacement;
-pub(crate) use target::resolve;
+pub(crate) use target::{resolve, resolve_parameters};
 pub(crate) use tokens::TokenRows;

@@ -1,11 +1,12 @@
 //! One named adapter: the weights that it changes, and its tensors.
 
 use super::NamedParameter;
+use super::targets::{Target, Wrapped, targets};
 use crate::base::{Adapter, Base, Site, WeightRole};
 use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft};
 use crate::lora::{
-    self, Bias, Built, InitLoraWeights, LayerForm, LayerSettings, LayerSpec, LoftQ, LoraConfig, LoraLayer, Replacement,
+    Bias, Built, InitLoraWeights, LayerForm, LayerSettings, LayerSpec, LoftQ, LoraConfig, LoraLayer, Replacement,
     Switches, TargetModules, TokenIndices, TokenRows,
 };
 use crate::names;
@@ -44,7 +45,10 @@ pub(super) struct NamedAdapter {
 /// A and B on one weight.
 #[derive(Debug)]
 pub(super) struct Layer {
+    /// The module's, or the name of a parameter that is adapted as such.
     pub(super) path: String,
+    /// The path in its keys.
+    pub(super) key_path: String,
     pub(super) site: Arc<Site>,
     pub(super) lora: Arc<dyn LoraLayer>,
     /// As the configuration says.
@@ -80,33 +84,26 @@ impl NamedAdapter {
     ) -> Result<Self> {
         check_name(name)?;
         config.check_supported()?;
-        // `all-linear` means linear layers; a name may mean any kind.
-        let candidates: Vec<_> = match config.target_modules {
-            Some(TargetModules::AllLinear) => base.weights().linears().collect(),
-            _ => base.weights().layers().collect(),
-        };
-        let paths: Vec<&str> = candidates.iter().map(|(path, _)| *path).collect();
-        let targets = lora::resolve(&config, &paths)?;
-        let wanted: HashSet<&str> = targets.iter().map(String::as_str).collect();
-        let chosen: Vec<_> = candidates.into_iter().filter(|(path, _)| wanted.contains(path)).collect();
-        let settings = config.layer_settings(chosen.iter().map(|(path, _)| *path));
-
+        let targets = targets(base, &config)?;
+        let names = targets.names();
         let mut taken = HashSet::new();
         let mut residuals = Vec::new();
-        let mut layers: Vec<Layer> = Vec::with_capacity(chosen.len());
-        for ((path, weight), settings) in chosen.into_iter().zip(settings) {
+        let mut layers: Vec<Layer> = Vec::with_capacity(targets.all.len());
+        for Target { path, key_path, weight, form, settings, dropout } in targets.all {
             let site = weight.site_or_attach()?;
             if !taken.insert(Arc::as_ptr(&site)) {
                 let first = layers.iter().find(|layer| Arc::ptr_eq(&layer.site, &site));
                 let found = format!("{path} and {}, which share one weight", first.map_or("", |layer| &layer.path));
                 return Err(Error::config("target_modules", "one name of a tied weight", found));
             }
-            let spec = layer_spec(&config, settings, init, weight.role, path)?;
+            let spec = LayerSpec { dropout, ..layer_spec(&config, settings, init, form, &path)? };
             let Built { layer, residual } = spec.build(&site.frozen(), switches)?;
             residuals.extend(residual.map(|residual| (Arc::clone(&site), residual)));
-            layers.push(Layer { path: path.to_string(), site, lora: layer, settings });
+            layers.push(Layer { path, key_path, site, lora: layer, settings });
         }
-        let saved = saved(base, &config, &targets, switches)?;
+        let modules: HashSet<&str> =
+            targets.modules.iter().map(String::as_str).chain(layers.iter().map(|layer| layer.path.as_str())).collect();
+        let saved = saved(base, &config, &modules, &targets.wrapped, switches)?;
         for copy in &saved {
             if !taken.insert(Arc::as_ptr(&copy.site)) {
                 let found = format!("{}, which is tied to another", copy.site.name());
@@ -121,9 +118,9 @@ impl NamedAdapter {
             }
         }
         // PEFT writes what `all-linear` meant, as a list of paths.
-        config.settle(&targets);
+        config.settle(&names);
         if config.target_modules == Some(TargetModules::AllLinear) {
-            config.target_modules = Some(TargetModules::List(targets));
+            config.target_modules = Some(TargetModules::List(targets.modules));
         }
         let name = name.to_string();
         let report = None;
@@ -141,7 +138,7 @@ impl NamedAdapter {
     pub(super) fn tensors(&self) -> Vec<NamedParameter> {
         let layers = self.layers.iter().flat_map(|layer| {
             let tensors = layer.lora.tensors().into_iter();
-            tensors.map(|(end, tensor)| NamedParameter { name: peft::key(&layer.path, end), tensor })
+            tensors.map(|(end, tensor)| NamedParameter { name: peft::key(&layer.key_path, end), tensor })
         });
         let saved =
             self.saved.iter().map(|saved| NamedParameter { name: saved.key.clone(), tensor: saved.copy.value() });
@@ -203,16 +200,9 @@ fn layer_spec(
     config: &LoraConfig,
     settings: LayerSettings,
     init: InitLoraWeights,
-    role: WeightRole,
+    form: LayerForm,
     path: &str,
 ) -> Result<LayerSpec> {
-    let form = match role {
-        WeightRole::Embedding => LayerForm::Embedding,
-        WeightRole::Conv { groups } => LayerForm::Conv { groups },
-        // As in PEFT, a module's class decides where it is known.
-        WeightRole::Conv1D => LayerForm::Linear { fan_in_fan_out: true },
-        WeightRole::Linear | WeightRole::Other => LayerForm::Linear { fan_in_fan_out: config.fan_in_fan_out },
-    };
     if config.lora_bias && form == LayerForm::Embedding {
         return Err(Error::config("lora_bias", "false where an embedding is adapted", format!("true for {path}")));
     }
@@ -281,13 +271,19 @@ fn tokens<M>(base: &Base<M>, config: &LoraConfig, switches: &Arc<Switches>) -> R
     Ok(tokens)
 }
 
-/// Copies of the weights that `modules_to_save` and `bias` mean.
-fn saved<M>(base: &Base<M>, config: &LoraConfig, targets: &[String], switches: &Arc<Switches>) -> Result<Vec<Saved>> {
+/// Copies of the weights that `modules_to_save` and `bias` mean; `targets` are
+/// the adapted modules.
+fn saved<M>(
+    base: &Base<M>,
+    config: &LoraConfig,
+    targets: &HashSet<&str>,
+    wrapped: &Wrapped,
+    switches: &Arc<Switches>,
+) -> Result<Vec<Saved>> {
     let entries = config.modules_to_save();
     if entries.is_empty() && config.bias == Bias::None {
         return Ok(Vec::new());
     }
-    let targets: HashSet<&str> = targets.iter().map(String::as_str).collect();
     let module = |name: &str| name.rsplit_once('.').map_or(String::new(), |(module, _)| module.to_string());
     let mut used = HashSet::new();
     let mut saved = Vec::new();
@@ -295,14 +291,17 @@ fn saved<M>(base: &Base<M>, config: &LoraConfig, targets: &[String], switches: &
         let path = module(&weight.name);
         let entry = entries.iter().find(|entry| names::is_within(&path, entry));
         let end = weight.name.rsplit('.').next().unwrap_or_default();
-        let targeted = targets.contains(path.as_str());
+        let (targeted, is_wrapped) = (targets.contains(path.as_str()), wrapped.contains(&path));
         let key = match (entry, config.bias) {
             (Some(entry), _) => {
                 used.insert(entry);
-                peft::key(&path, end)
+                wrapped.key(&path, end)
             }
-            (None, Bias::All | Bias::LoraOnly) if end == "bias" && targeted => peft::key(&path, "base_layer.bias"),
-            (None, Bias::All) if end == "bias" => peft::key(&path, end),
+            (None, Bias::All | Bias::LoraOnly) if end == "bias" && targeted && !is_wrapped => {
+                wrapped.key(&path, "base_layer.bias")
+            }
+            (None, Bias::LoraOnly) if end == "bias" && is_wrapped => wrapped.key(&path, end),
+            (None, Bias::All) if end == "bias" => wrapped.key(&path, end),
             _ => continue,
         };
         if !weight.tensor.is_floating_point() || end.starts_with("running_") {
