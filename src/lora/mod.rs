@@ -14,6 +14,7 @@ mod linear;
 mod parameter;
 mod replace;
 mod target;
+mod tied;
 mod tokens;
 
 pub use combine::{Combination, MajoritySign, Merge};
@@ -24,6 +25,7 @@ pub use config::{
     TokenIndices,
 };
 pub(crate) use layer::{Built, LayerForm, LayerSpec, LoftQ, LoraLayer, Switches};
-pub(crate) use replace::Replacement;
+pub(crate) use replace::{Replacement, Use};
 pub(crate) use target::{resolve, resolve_parameters};
+pub(crate) use tied::Tied;
 pub(crate) use tokens::TokenRows;

@@ -10,6 +10,7 @@ mod mixed;
 mod status;
 mod summary;
 mod targets;
+mod tied;
 mod weighted;
 
 pub use forward::ForwardModule;
