@@ -243,6 +243,7 @@ fn read<M>(name: &str, base: &Base<M>, file: &AdapterFile, switches: &Arc<Switch
     }
     let mut report = LoadReport { format, loaded, base_copies, unknown_config_keys: unknown, ..LoadReport::default() };
     report.loaded.sort();
+    report.loaded.dedup();
     adapter.report = Some(report);
     Ok(adapter)
 }
