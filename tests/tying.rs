@@ -54,6 +54,18 @@ fn tied_weights_follow_peft_and_peft_follows_us() {
         for (key, tensor) in &ours {
             assert_close(&format!("{name}: {key}"), tensor, &theirs[key], 1e-5);
         }
+        // A file in which the two uses differ isn't that of a tied weight.
+        if ["embedding", "saved_head"].contains(&name) {
+            let torn = fresh_dir("tying_torn");
+            let tensors = ours.iter().map(|(key, tensor)| match key.contains("lm_head") {
+                true => (key.clone(), tensor + 1.0),
+                false => (key.clone(), tensor.shallow_clone()),
+            });
+            common::write(torn.join("adapter_model.safetensors"), &tensors.collect::<Vec<_>>());
+            std::fs::copy(folder.join("ours/adapter_config.json"), torn.join("adapter_config.json")).unwrap();
+            let error = LoraModel::from_pretrained(base(), &torn).unwrap_err();
+            assert!(matches!(&error, Error::Keys { .. }) && error.to_string().contains("lm_head"), "{name}: {error}");
+        }
         let before = run(&model);
         if name.starts_with("untied") {
             let error = model.merge_adapter(&MergeOptions::new()).unwrap_err();
