@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::ffi::{bytes::element_size, hook, runtime::trim_heap};
 use crate::names;
 use crate::quant::{self, Dense, QuantConfig, Scheme};
+use std::collections::HashMap;
 use std::sync::Arc;
 use tch::{Kind, Tensor, nn};
 
@@ -26,6 +27,13 @@ pub enum WeightRole {
         /// doesn't show it.
         groups: i64,
     },
+    /// A stack (experts, out, in) of one matrix for each expert, or
+    /// (experts, in, out) where `is_transposed`: what `target_parameters`
+    /// names. Stacks count as (experts, out, in) unless declared otherwise.
+    Experts {
+        /// PEFT's, and transformers', attribute of the module.
+        is_transposed: bool,
+    },
     /// Everything else: biases, norms, buffers. Left as it is.
     Other,
 }
@@ -36,6 +44,10 @@ pub(crate) struct Weight {
     pub(crate) name: String,
     pub(crate) tensor: Tensor,
     pub(crate) role: WeightRole,
+    /// Its place in the order in which the parameters were made.
+    pub(crate) place: usize,
+    /// Which weight it is, if that has several names.
+    pub(crate) tied: Option<usize>,
 }
 
 impl Weight {
@@ -67,6 +79,8 @@ impl Weight {
 pub(crate) struct Weights(Vec<Weight>);
 
 impl Weights {
+    /// The tensors in the order in which they were made.
+    ///
     /// `role` answers for float tensors called `….weight` of two to five
     /// dimensions, from the module's path and the number of dimensions.
     pub(crate) fn new(
@@ -75,21 +89,28 @@ impl Weights {
     ) -> Self {
         let mut weights: Vec<Weight> = tensors
             .into_iter()
-            .map(|(name, tensor)| {
+            .enumerate()
+            .map(|(place, (name, tensor))| {
                 let dims = tensor.dim();
                 let role = match names::module_path(&name) {
                     Some(path) if (2..=5).contains(&dims) && tensor.is_floating_point() => role(path, dims),
                     _ => WeightRole::Other,
                 };
-                Weight { name, tensor, role }
+                Weight { name, tensor, role, place, tied: None }
             })
             .collect();
+        mark_tied(&mut weights);
         weights.sort_by(|a, b| a.name.cmp(&b.name));
         Weights(weights)
     }
 
     pub(crate) fn of_var_store(vs: &nn::VarStore) -> Self {
-        Weights::new(vs.variables(), role_by_name)
+        // A store keeps the order of its trainable variables only.
+        let made: HashMap<_, _> = vs.trainable_variables().iter().map(address).zip(0..).collect();
+        let mut tensors: Vec<_> = vs.variables().into_iter().collect();
+        let place = |tensor: &Tensor| made.get(&address(tensor)).copied().unwrap_or(made.len());
+        tensors.sort_by_cached_key(|(name, tensor)| (place(tensor), name.clone()));
+        Weights::new(tensors, role_by_name)
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Weight> {
@@ -174,7 +195,7 @@ impl Weights {
             WeightRole::Linear | WeightRole::Conv1D => true,
             WeightRole::Embedding => config.embeddings(),
             WeightRole::Conv { .. } => config.convolutions(),
-            WeightRole::Other => false,
+            WeightRole::Experts { .. } | WeightRole::Other => false,
         };
         let chosen: Vec<(&Weight, Scheme)> =
             self.layers().filter_map(|(path, w)| Some((w, config.choose(path, by_default(w.role))?))).collect();
@@ -193,6 +214,26 @@ impl Weights {
             }
         }
         Ok(chosen)
+    }
+}
+
+/// Where a tensor's values are, if it has a storage of its own.
+fn address(tensor: &Tensor) -> Option<usize> {
+    (hook::site_of::<Site>(tensor).is_none() && tensor.numel() > 0).then(|| tensor.data_ptr() as usize)
+}
+
+/// Numbers the groups of names that stand for the same values.
+fn mark_tied(weights: &mut [Weight]) {
+    let mut groups: HashMap<(usize, Vec<i64>), Vec<usize>> = HashMap::new();
+    for (i, weight) in weights.iter().enumerate() {
+        if let Some(address) = address(&weight.tensor) {
+            groups.entry((address, weight.tensor.size())).or_default().push(i);
+        }
+    }
+    for names in groups.into_values().filter(|names| names.len() > 1) {
+        for &i in &names {
+            weights[i].tied = names.first().copied();
+        }
     }
 }
 

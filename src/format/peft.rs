@@ -2,6 +2,7 @@
 //!
 //! Format and defaults are those of PEFT 0.21.2; docs/formats.md shows them.
 
+use super::keys::{KeyLayout, PEFT_ENDS, Part};
 use crate::error::{Error, Result};
 use crate::lora::{FOREIGN, InitLoraWeights, LayerPattern, LoraConfig, TargetModules};
 use serde::de::DeserializeOwned;
@@ -23,6 +24,27 @@ pub(crate) fn key(path: &str, end: &str) -> String {
 /// that targets `lm_head` or `embed_tokens`.
 pub(crate) fn base_copy_path(key: &str) -> Option<&str> {
     key.strip_prefix("base_model.model.")?.strip_suffix(".base_layer.weight")
+}
+
+/// Keys of modules that are called otherwise in the file.
+pub(super) struct Keys;
+
+impl KeyLayout for Keys {
+    fn component<'k>(&self, key: &'k str) -> Option<(&'k str, &'k str)> {
+        key.strip_prefix("base_model.model.").map(|rest| ("", rest))
+    }
+
+    fn prefix(&self, _component: &str) -> String {
+        "base_model.model.".into()
+    }
+
+    fn names(&self, _component: &str, path: &str) -> Vec<String> {
+        vec![path.to_string()]
+    }
+
+    fn ends(&self) -> &'static [(&'static str, Part)] {
+        &PEFT_ENDS
+    }
 }
 
 /// Fields that have a place of their own in `LoraConfig`.
@@ -71,6 +93,18 @@ fn map(value: Value) -> Map<String, Value> {
 
 /// The configuration as PEFT writes it: all keys, sorted, two spaces.
 pub(crate) fn config_to_json(config: &LoraConfig) -> Result<Vec<u8>> {
+    to_json(config_fields(config))
+}
+
+/// JSON as Python's `json.dumps(indent=2, sort_keys=True)` lays it out.
+pub(super) fn to_json(fields: Map<String, Value>) -> Result<Vec<u8>> {
+    let mut fields = Value::Object(fields);
+    fields.sort_all_objects();
+    serde_json::to_vec_pretty(&fields).map_err(|error| Error::config("adapter_config", "JSON", error))
+}
+
+/// All fields as PEFT has them.
+pub(super) fn config_fields(config: &LoraConfig) -> Map<String, Value> {
     let mut fields = passive();
     fields.extend(FOREIGN.map(|(key, is_flag)| (key.to_string(), if is_flag { json!(false) } else { Value::Null })));
     fields.extend(config.other.clone());
@@ -101,9 +135,7 @@ pub(crate) fn config_to_json(config: &LoraConfig) -> Result<Vec<u8>> {
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     })));
-    let mut fields = Value::Object(fields);
-    fields.sort_all_objects();
-    serde_json::to_vec_pretty(&fields).map_err(|error| Error::config("adapter_config", "JSON", error))
+    fields
 }
 
 fn modules(modules: &Option<TargetModules>) -> Value {
@@ -167,7 +199,11 @@ pub(crate) fn read_config(folder: &Path) -> Result<ReadConfig> {
 pub(crate) fn config_from_json(path: &Path, bytes: &[u8]) -> Result<ReadConfig> {
     let fields: Map<String, Value> =
         serde_json::from_slice(bytes).map_err(|error| Error::corrupt(path, format!("not a JSON object ({error})")))?;
-    let reader = Reader { path, fields: &fields };
+    config_from_fields(path, &fields)
+}
+
+pub(super) fn config_from_fields(path: &Path, fields: &Map<String, Value>) -> Result<ReadConfig> {
+    let reader = Reader { path, fields };
     if reader.get("peft_type") != Some(&json!("LORA")) {
         let found = reader.get("peft_type").unwrap_or(&Value::Null);
         return Err(Error::Unsupported { fields: vec![format!("peft_type = {found}")] });
@@ -299,10 +335,11 @@ mod tests {
         assert!(text.contains("\"new_thing\": {"), "{text}");
 
         let lacking =
-            json!({"peft_type": "LORA", "target_modules": "x", "use_qalora": true, "ensure_weight_tying": true});
+            json!({"peft_type": "LORA", "target_modules": "x", "use_qalora": true, "layer_replication": [[0, 2]]});
         let error = read(lacking).unwrap().config.check_supported().unwrap_err();
         let Error::Unsupported { fields } = error else { panic!("{error}") };
-        assert_eq!(fields, ["ensure_weight_tying = true", "use_qalora = true"]);
+        let named: Vec<&str> = fields.iter().map(|field| field.split(" = [").next().unwrap()).collect();
+        assert_eq!(named, ["layer_replication", "use_qalora = true"]);
         assert!(matches!(read(json!({"peft_type": "LOHA"})), Err(Error::Unsupported { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": 3})), Err(Error::Corrupt { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": "x", "r": 0})), Err(Error::Config { .. })));

@@ -6,6 +6,7 @@ use super::dora::Dora;
 use super::embedding::LoraEmbedding;
 use super::factors::Factors;
 use super::linear::LoraLinear;
+use super::parameter::LoraParameter;
 use crate::base::Adapter;
 use crate::error::{Error, Result};
 use crate::ffi::hook::Operator;
@@ -90,6 +91,14 @@ pub(super) enum OutputChannels {
 }
 
 impl OutputChannels {
+    /// That dimension in a result of `dims` dimensions.
+    pub(super) fn dim(self, dims: usize) -> i64 {
+        match self {
+            OutputChannels::Last => dims as i64 - 1,
+            OutputChannels::Second => 1,
+        }
+    }
+
     /// One value per feature in a shape that multiplies a result of `dims` dimensions.
     pub(super) fn broadcast(self, values: &Tensor, dims: usize) -> Result<Tensor> {
         match self {
@@ -112,6 +121,9 @@ pub(crate) enum LayerForm {
     Embedding,
     /// A weight (out, in / groups, kernel…).
     Conv { groups: i64 },
+    /// A parameter that is targeted by its own name: (out, in), or a stack
+    /// (n, out, in), which is (n, in, out) where `is_transposed`.
+    Parameter { is_transposed: bool },
 }
 
 /// How the `loftq` initialisation quantises a weight.
@@ -175,6 +187,9 @@ impl LayerSpec {
             LayerForm::Linear { fan_in_fan_out } => self.finish(LoraLinear::new(factors, fan_in_fan_out), weight),
             LayerForm::Embedding => self.finish(LoraEmbedding::new(factors), weight),
             LayerForm::Conv { groups } => self.finish(LoraConv::new(factors, groups), weight),
+            LayerForm::Parameter { is_transposed } => {
+                Ok(Arc::new(LoraParameter::new(factors, weight.sizes(), is_transposed)) as Arc<dyn LoraLayer>)
+            }
         }?;
         Ok(Built { layer, residual })
     }
@@ -188,6 +203,17 @@ impl LayerSpec {
         let embedding = self.form == LayerForm::Embedding;
         if self.lora_bias && (self.use_dora || embedding) {
             return Err(Error::config("lora_bias", "false with use_dora, and on embeddings", true));
+        }
+        if matches!(self.form, LayerForm::Parameter { .. }) {
+            let meaningless = [
+                // x has no place before A in a sum of weights.
+                ("lora_dropout", self.dropout > 0.0),
+                ("lora_bias", self.lora_bias),
+                ("use_dora", self.use_dora),
+            ];
+            if let Some((field, _)) = meaningless.into_iter().find(|(_, on)| *on) {
+                return Err(Error::config(field, "off with target_parameters", "on"));
+            }
         }
         match self.form {
             LayerForm::Conv { groups } if groups != 1 && self.use_dora => {
@@ -214,6 +240,11 @@ impl LayerSpec {
                 let mut b = vec![*out, r / groups];
                 b.extend(kernel.iter().map(|_| 1));
                 Ok((a, b))
+            }
+            (LayerForm::Parameter { .. }, [out, inn]) => Ok((vec![r, *inn], vec![*out, r])),
+            (LayerForm::Parameter { is_transposed }, [n, rows, columns]) => {
+                let (out, inn) = if is_transposed { (columns, rows) } else { (rows, columns) };
+                Ok((vec![n * r, *inn], vec![*out, r * n]))
             }
             (form, sizes) => Err(Error::Mismatch {
                 name: "weight to adapt".into(),

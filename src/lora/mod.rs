@@ -5,13 +5,16 @@ mod combine;
 mod config;
 mod conv;
 mod dora;
+mod dropout;
 mod embedding;
 mod factors;
 mod init;
 mod layer;
 mod linear;
+mod parameter;
 mod replace;
 mod target;
+mod tied;
 mod tokens;
 
 pub use combine::{Combination, MajoritySign, Merge};
@@ -22,6 +25,7 @@ pub use config::{
     TokenIndices,
 };
 pub(crate) use layer::{Built, LayerForm, LayerSpec, LoftQ, LoraLayer, Switches};
-pub(crate) use replace::Replacement;
-pub(crate) use target::resolve;
+pub(crate) use replace::{Replacement, Use};
+pub(crate) use target::{resolve, resolve_parameters};
+pub(crate) use tied::Tied;
 pub(crate) use tokens::TokenRows;

@@ -1,12 +1,14 @@
 //! One named adapter: the weights that it changes, and its tensors.
 
 use super::NamedParameter;
+use super::targets::{Target, Wrapped, targets};
+use super::tied;
 use crate::base::{Adapter, Base, Site, WeightRole};
 use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft};
 use crate::lora::{
-    self, Bias, Built, InitLoraWeights, LayerForm, LayerSettings, LayerSpec, LoftQ, LoraConfig, LoraLayer, Replacement,
-    Switches, TargetModules, TokenIndices, TokenRows,
+    Bias, Built, InitLoraWeights, LayerForm, LayerSettings, LayerSpec, LoftQ, LoraConfig, LoraLayer, Replacement,
+    Switches, TargetModules, Tied, TokenIndices, TokenRows, Use,
 };
 use crate::names;
 use crate::quant::{PackedWeight, Scheme};
@@ -44,7 +46,12 @@ pub(super) struct NamedAdapter {
 /// A and B on one weight.
 #[derive(Debug)]
 pub(super) struct Layer {
+    /// The module's, or the name of a parameter that is adapted as such.
     pub(super) path: String,
+    /// The path in its keys.
+    pub(super) key_path: String,
+    /// Paths, in keys, of layers whose adapter is tied to this one.
+    pub(super) outputs: Vec<String>,
     pub(super) site: Arc<Site>,
     pub(super) lora: Arc<dyn LoraLayer>,
     /// As the configuration says.
@@ -56,6 +63,8 @@ pub(super) struct Layer {
 pub(super) struct Saved {
     /// Its key in a file.
     pub(super) key: String,
+    /// Paths of modules whose weight is tied to it.
+    pub(super) outputs: Vec<String>,
     pub(super) site: Arc<Site>,
     pub(super) copy: Arc<Replacement>,
 }
@@ -80,50 +89,54 @@ impl NamedAdapter {
     ) -> Result<Self> {
         check_name(name)?;
         config.check_supported()?;
-        // `all-linear` means linear layers; a name may mean any kind.
-        let candidates: Vec<_> = match config.target_modules {
-            Some(TargetModules::AllLinear) => base.weights().linears().collect(),
-            _ => base.weights().layers().collect(),
-        };
-        let paths: Vec<&str> = candidates.iter().map(|(path, _)| *path).collect();
-        let targets = lora::resolve(&config, &paths)?;
-        let wanted: HashSet<&str> = targets.iter().map(String::as_str).collect();
-        let chosen: Vec<_> = candidates.into_iter().filter(|(path, _)| wanted.contains(path)).collect();
-        let settings = config.layer_settings(chosen.iter().map(|(path, _)| *path));
-
+        let targets = targets(base, &config)?;
+        let names = targets.names();
         let mut taken = HashSet::new();
         let mut residuals = Vec::new();
-        let mut layers: Vec<Layer> = Vec::with_capacity(chosen.len());
-        for ((path, weight), settings) in chosen.into_iter().zip(settings) {
+        let mut layers: Vec<Layer> = Vec::with_capacity(targets.all.len());
+        for Target { path, key_path, weight, form, settings, dropout, outputs } in targets.all {
             let site = weight.site_or_attach()?;
-            if !taken.insert(Arc::as_ptr(&site)) {
+            // A tied weight may have one adapter for each of its uses.
+            let form_of_use = form == LayerForm::Embedding;
+            if !taken.insert((Arc::as_ptr(&site), form_of_use)) {
                 let first = layers.iter().find(|layer| Arc::ptr_eq(&layer.site, &site));
                 let found = format!("{path} and {}, which share one weight", first.map_or("", |layer| &layer.path));
                 return Err(Error::config("target_modules", "one name of a tied weight", found));
             }
-            let spec = layer_spec(&config, settings, init, weight.role, path)?;
+            let spec = LayerSpec { dropout, ..layer_spec(&config, settings, init, form, &path)? };
             let Built { layer, residual } = spec.build(&site.frozen(), switches)?;
             residuals.extend(residual.map(|residual| (Arc::clone(&site), residual)));
-            layers.push(Layer { path: path.to_string(), site, lora: layer, settings });
+            let layer = match form {
+                LayerForm::Embedding if config.ensure_weight_tying => {
+                    Arc::new(Tied::new(layer, dropout, Arc::clone(switches))) as Arc<dyn LoraLayer>
+                }
+                _ => layer,
+            };
+            layers.push(Layer { path, key_path, outputs, site, lora: layer, settings });
         }
-        let saved = saved(base, &config, &targets, switches)?;
-        for copy in &saved {
-            if !taken.insert(Arc::as_ptr(&copy.site)) {
+        let modules: HashSet<&str> =
+            targets.modules.iter().map(String::as_str).chain(layers.iter().map(|layer| layer.path.as_str())).collect();
+        let saved = saved(base, &config, &modules, &targets.wrapped, switches)?;
+        for (i, copy) in saved.iter().enumerate() {
+            let layer = layers.iter().any(|layer| Arc::ptr_eq(&layer.site, &copy.site));
+            let twice = saved.iter().take(i).any(|other| Arc::ptr_eq(&other.site, &copy.site) && other.key == copy.key);
+            if layer || twice {
                 let found = format!("{}, which is tied to another", copy.site.name());
                 return Err(Error::config("modules_to_save", "one name of a tied weight", found));
             }
         }
         let tokens = tokens(base, &config, switches)?;
         for table in &tokens {
-            if taken.contains(&Arc::as_ptr(&table.site)) {
+            let sites = layers.iter().map(|layer| &layer.site).chain(saved.iter().map(|saved| &saved.site));
+            if sites.into_iter().any(|site| Arc::ptr_eq(site, &table.site)) {
                 let expected = "tables that the same adapter doesn't change otherwise, as in PEFT";
                 return Err(Error::config("trainable_token_indices", expected, &table.path));
             }
         }
         // PEFT writes what `all-linear` meant, as a list of paths.
-        config.settle(&targets);
+        config.settle(&names);
         if config.target_modules == Some(TargetModules::AllLinear) {
-            config.target_modules = Some(TargetModules::List(targets));
+            config.target_modules = Some(TargetModules::List(targets.modules));
         }
         let name = name.to_string();
         let report = None;
@@ -141,7 +154,7 @@ impl NamedAdapter {
     pub(super) fn tensors(&self) -> Vec<NamedParameter> {
         let layers = self.layers.iter().flat_map(|layer| {
             let tensors = layer.lora.tensors().into_iter();
-            tensors.map(|(end, tensor)| NamedParameter { name: peft::key(&layer.path, end), tensor })
+            tensors.map(|(end, tensor)| NamedParameter { name: peft::key(&layer.key_path, end), tensor })
         });
         let saved =
             self.saved.iter().map(|saved| NamedParameter { name: saved.key.clone(), tensor: saved.copy.value() });
@@ -203,16 +216,9 @@ fn layer_spec(
     config: &LoraConfig,
     settings: LayerSettings,
     init: InitLoraWeights,
-    role: WeightRole,
+    form: LayerForm,
     path: &str,
 ) -> Result<LayerSpec> {
-    let form = match role {
-        WeightRole::Embedding => LayerForm::Embedding,
-        WeightRole::Conv { groups } => LayerForm::Conv { groups },
-        // As in PEFT, a module's class decides where it is known.
-        WeightRole::Conv1D => LayerForm::Linear { fan_in_fan_out: true },
-        WeightRole::Linear | WeightRole::Other => LayerForm::Linear { fan_in_fan_out: config.fan_in_fan_out },
-    };
     if config.lora_bias && form == LayerForm::Embedding {
         return Err(Error::config("lora_bias", "false where an embedding is adapted", format!("true for {path}")));
     }
@@ -263,8 +269,15 @@ fn tokens<M>(base: &Base<M>, config: &LoraConfig, switches: &Arc<Switches>) -> R
         },
     };
     let mut tokens: Vec<Tokens> = Vec::new();
+    let mut outputs = Vec::new();
     for (entry, rows) in wanted {
         let found: Vec<_> = tables.iter().filter(|(path, _)| names::suffix_matches(path, &entry)).collect();
+        if found.is_empty()
+            && let Some(table) = tied_table(base, &entry)
+        {
+            outputs.push((entry, table, rows));
+            continue;
+        }
         if found.is_empty() {
             return Err(none(&entry));
         }
@@ -278,16 +291,38 @@ fn tokens<M>(base: &Base<M>, config: &LoraConfig, switches: &Arc<Switches>) -> R
             tokens.push(Tokens { path: path.to_string(), site, rows: rows.clone(), value: Arc::new(value) });
         }
     }
+    // An output layer that is tied to a table follows it.
+    for (entry, table, rows) in outputs {
+        let same = |tokens: &&Tokens| tokens.path == table && tokens.rows == rows;
+        if tokens.iter().find(same).is_none() {
+            let expected = format!("the same rows as of {table}, to which it is tied");
+            return Err(Error::config("trainable_token_indices", expected, format!("{rows:?} of {entry}")));
+        }
+    }
     Ok(tokens)
 }
 
-/// Copies of the weights that `modules_to_save` and `bias` mean.
-fn saved<M>(base: &Base<M>, config: &LoraConfig, targets: &[String], switches: &Arc<Switches>) -> Result<Vec<Saved>> {
+/// The table that the weight of an output layer is tied to.
+fn tied_table<'a, M>(base: &'a Base<M>, entry: &str) -> Option<&'a str> {
+    let named =
+        |weight: &&crate::base::Weight| weight.module_path().is_some_and(|path| names::suffix_matches(path, entry));
+    let weight = base.weights().iter().filter(named).find(|weight| weight.tied.is_some())?;
+    tied::source(base.weights(), weight)?.module_path()
+}
+
+/// Copies of the weights that `modules_to_save` and `bias` mean; `targets` are
+/// the adapted modules.
+fn saved<M>(
+    base: &Base<M>,
+    config: &LoraConfig,
+    targets: &HashSet<&str>,
+    wrapped: &Wrapped,
+    switches: &Arc<Switches>,
+) -> Result<Vec<Saved>> {
     let entries = config.modules_to_save();
     if entries.is_empty() && config.bias == Bias::None {
         return Ok(Vec::new());
     }
-    let targets: HashSet<&str> = targets.iter().map(String::as_str).collect();
     let module = |name: &str| name.rsplit_once('.').map_or(String::new(), |(module, _)| module.to_string());
     let mut used = HashSet::new();
     let mut saved = Vec::new();
@@ -295,23 +330,45 @@ fn saved<M>(base: &Base<M>, config: &LoraConfig, targets: &[String], switches: &
         let path = module(&weight.name);
         let entry = entries.iter().find(|entry| names::is_within(&path, entry));
         let end = weight.name.rsplit('.').next().unwrap_or_default();
-        let targeted = targets.contains(path.as_str());
+        let (targeted, is_wrapped) = (targets.contains(path.as_str()), wrapped.contains(&path));
         let key = match (entry, config.bias) {
             (Some(entry), _) => {
                 used.insert(entry);
-                peft::key(&path, end)
+                wrapped.key(&path, end)
             }
-            (None, Bias::All | Bias::LoraOnly) if end == "bias" && targeted => peft::key(&path, "base_layer.bias"),
-            (None, Bias::All) if end == "bias" => peft::key(&path, end),
+            (None, Bias::All | Bias::LoraOnly) if end == "bias" && targeted && !is_wrapped => {
+                wrapped.key(&path, "base_layer.bias")
+            }
+            (None, Bias::LoraOnly) if end == "bias" && is_wrapped => wrapped.key(&path, end),
+            (None, Bias::All) if end == "bias" => wrapped.key(&path, end),
             _ => continue,
         };
         if !weight.tensor.is_floating_point() || end.starts_with("running_") {
             let found = format!("{}, which training writes into", weight.name);
             return Err(Error::config("modules_to_save", "modules without running statistics", found));
         }
+        let tied = tied::others(base.weights(), weight);
+        let (weight, key, part) = match tied::source(base.weights(), weight) {
+            Some(source) if !tied.is_empty() && entry.is_some() && config.ensure_weight_tying => {
+                (source, wrapped.key(source.module_path().unwrap_or_default(), "weight"), Use::All)
+            }
+            Some(source) if !tied.is_empty() => {
+                tracing::warn!(weight = weight.name, "a tied weight is trained in one of its uses only");
+                (weight, key, if source.name == weight.name { Use::Lookups } else { Use::Products })
+            }
+            _ => (weight, key, Use::All),
+        };
+        if part == Use::All && saved.iter().any(|other: &Saved| other.key == key) {
+            continue;
+        }
+        let outputs = match part {
+            Use::All if !tied.is_empty() => tied::others(base.weights(), weight),
+            _ => Vec::new(),
+        };
+        let outputs = outputs.iter().filter_map(|other| Some(other.module_path()?.to_string())).collect();
         let site = weight.site_or_attach()?;
-        let copy = Arc::new(Replacement::new(site.frozen().as_ref(), Arc::clone(switches))?);
-        saved.push(Saved { key, site, copy });
+        let copy = Arc::new(Replacement::new(site.frozen().as_ref(), part, Arc::clone(switches))?);
+        saved.push(Saved { key, outputs, site, copy });
     }
     // PEFT adds entries by the task that a model need not have.
     match entries.iter().find(|entry| !used.contains(entry)) {

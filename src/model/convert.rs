@@ -18,16 +18,18 @@ impl<M> LoraModel<M> {
     /// the adapter's folder as it was saved before training.
     ///
     /// # Errors
-    /// [`Error::Config`] for a name that the model doesn't have, and for DoRA
-    /// and a bias of `lora_B`, of which there is no such sum; [`Error::Keys`]
+    /// [`Error::Config`] for a name that the model doesn't have, and for DoRA,
+    /// a bias of `lora_B` and `target_parameters`, of which there is no such sum; [`Error::Keys`]
     /// and [`Error::Mismatch`] if `initial` is another adapter's;
     /// [`Error::Io`].
     pub fn save_as_lora(&self, name: &str, folder: impl AsRef<Path>, initial: impl AsRef<Path>) -> Result<()> {
         let adapter = self.named(name)?;
         let mut config = adapter.config.clone();
-        for (field, on) in [("use_dora", config.use_dora), ("lora_bias", config.lora_bias)] {
+        let stacks = !config.target_parameters().is_empty();
+        let refused = [("use_dora", config.use_dora), ("lora_bias", config.lora_bias), ("target_parameters", stacks)];
+        for (field, on) in refused {
             if on {
-                return Err(Error::config(field, "false where an adapter is converted", on));
+                return Err(Error::config(field, "none where an adapter is converted", on));
             }
         }
         let path = initial.as_ref().join(peft::WEIGHTS_FILE);

@@ -52,9 +52,12 @@ impl LoraConfig {
         if matches!(init, Corda | Eva | LoraGa | Mica) {
             lacks("init_lora_weights", json!(init.name()));
         }
-        lacks("ensure_weight_tying", json!(self.ensure_weight_tying));
-        lacks("layer_replication", json!(self.layer_replication));
-        lacks("target_parameters", json!(self.target_parameters));
+        // Weights carry the adapters, and a layer that runs twice has them once.
+        if self.layer_replication.is_some() {
+            let ranges = json!(self.layer_replication);
+            let way = "the model's code decides how often a layer runs: build the deeper model";
+            fields.push(format!("layer_replication = {ranges} ({way})"));
+        }
         fields.sort();
         if fields.is_empty() { Ok(()) } else { Err(Error::Unsupported { fields }) }
     }

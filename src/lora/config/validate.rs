@@ -38,8 +38,9 @@ impl LoraConfig {
         for (field, modules) in [("target_modules", &self.target_modules), ("exclude_modules", &self.exclude_modules)] {
             match modules {
                 Some(TargetModules::List(list)) => {
-                    // PEFT writes an empty list of exclusions, and means none.
-                    names(field, list, field == "exclude_modules")?;
+                    // PEFT writes an empty list of exclusions, and means none; an
+                    // empty target keeps its defaults away beside parameters.
+                    names(field, list, field == "exclude_modules" || !self.target_parameters().is_empty())?;
                 }
                 Some(TargetModules::Regex(pattern)) => {
                     super::compile(&whole(pattern))
