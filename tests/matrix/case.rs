@@ -61,7 +61,7 @@ impl Case {
             (true, _, false) => 0.5,
             (_, true, true) => 2e-2,
             (_, true, false) => 0.02,
-            (_, _, true) => 2e-3,
+            (_, _, true) => 3e-3,
             _ => 0.01,
         }
     }

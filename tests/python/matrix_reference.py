@@ -241,8 +241,11 @@ def merged(model, case: Case, x: torch.Tensor, record: dict) -> str:
     if case.on_bnb:
         case.defects.append("a merge into 4 bits packs again, which loses most of a small change")
         return "wrong"
+    once = copy.deepcopy(model).float()
     try:
         model.merge_adapter()
+        once.merge_adapter()
+        once.to(case.dtype)
     except (NotImplementedError, RuntimeError) as error:
         if case.layer == "conv3d_pointwise":
             case.defects.append("a Conv3d of kernel 1 can't be merged")
@@ -250,6 +253,9 @@ def merged(model, case: Case, x: torch.Tensor, record: dict) -> str:
         assert "groups" in str(error) or "has no bias" in str(error), error
         return "refused"
     record["merged"] = call(model, case, x)
+    if case.dtype_name == "bf16_adapters" and not case.wide:
+        case.defects.append("a merge of bf16 factors rounds their product to bf16, and the sum again: rounded once")
+        record["merged"] = call(once, case, x)
     model.unmerge_adapter()
     record["unmerged"] = call(model, case, x)
     return "same"
