@@ -5,18 +5,12 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use common::{assert_close, peer, python, read, rng};
-use serde_json::Value;
-use tch::{Kind, Tensor};
-use tch_peft::{Base, InitLoraWeights, LoraConfig, LoraModel, QuantConfig, TorchScript, WeightRole};
-
-const STEPS: usize = 3;
-/// As in layers_reference.py.
-const LR: f64 = 0.05;
+use common::follow::follow_steps;
+use common::{peer, python, read, rng};
+use tch_peft::{Base, InitLoraWeights, LoraConfig, LoraModel};
 
 fn fixtures() -> Option<&'static Path> {
     static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
@@ -29,81 +23,9 @@ fn fixtures() -> Option<&'static Path> {
     made.as_deref()
 }
 
-fn base(folder: &Path, case: &Value) -> Base<TorchScript> {
-    let base = Base::torchscript(folder.join("model.pt")).unwrap();
-    // A trace doesn't keep the number of groups.
-    let base = match case["groups"].as_i64().unwrap() {
-        1 => base,
-        groups => base.declare("conv", WeightRole::Conv { groups }),
-    };
-    match case["base"].as_str().unwrap() {
-        "int8" => base.quantize(&QuantConfig::int8().build().unwrap()).unwrap(),
-        "nf4" => base.quantize(&QuantConfig::nf4().build().unwrap()).unwrap(),
-        _ => base,
-    }
-}
-
-/// Follows PEFT's record of the case; `prefix` chooses the cases.
 fn follow(prefix: &str) {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
-    let cases: Vec<Value> = serde_json::from_slice(&std::fs::read(dir.join("cases.json")).unwrap()).unwrap();
-    let mut followed = 0;
-    for case in cases.iter().filter(|case| case["name"].as_str().unwrap().starts_with(prefix)) {
-        follow_one(dir, case);
-        followed += 1;
-    }
-    assert!(followed >= 4, "{followed} cases of {prefix}");
-    println!("{prefix}: {followed} cases");
-}
-
-fn follow_one(dir: &Path, case: &Value) {
-    let name = case["name"].as_str().unwrap();
-    let tolerance = if case["dtype"] == "bfloat16" { 2e-2 } else { 1e-5 };
-    let folder = dir.join(name);
-    let record = read(folder.join("record.safetensors"));
-    let mut model = LoraModel::init_lora(base(&folder, case), folder.join("adapter")).unwrap();
-    follow_steps(name, &mut model, &record, tolerance);
-    let close_again = |model: LoraModel<TorchScript>| {
-        let found = tch::no_grad(|| model.forward(&record["0.x"]).unwrap());
-        assert_close(&format!("{name}: trained"), &found, &record["trained"], tolerance);
-    };
-    // PEFT's file of the trained adapter, and our own, on a new base.
-    close_again(LoraModel::from_pretrained(base(&folder, case), folder.join("trained")).unwrap());
-    model.save_pretrained(folder.join("ours")).unwrap();
-    close_again(LoraModel::from_pretrained(base(&folder, case), folder.join("ours")).unwrap());
-}
-
-fn follow_steps(name: &str, model: &mut LoraModel<TorchScript>, record: &BTreeMap<String, Tensor>, tolerance: f64) {
-    for step in 0..STEPS {
-        let at = |what: &str| &record[&format!("{step}.{what}")];
-        let close = |what: &str, found: &Tensor| {
-            assert_close(&format!("{name}, step {step}: {what}"), found, at(what), tolerance);
-        };
-        model.eval().unwrap();
-        close("eval", &tch::no_grad(|| model.forward(at("x")).unwrap()));
-        model.train().unwrap();
-        tch::manual_seed(100 + step as i64);
-        let x = at("x").copy();
-        let x = if x.is_floating_point() { x.set_requires_grad(true) } else { x };
-        let output = model.forward(&x).unwrap();
-        close("output", &output);
-        assert_eq!(output.kind(), at("output").kind(), "{name}: dtype of the output");
-        let loss = output.to_kind(Kind::Float).mse_loss(&at("label").to_kind(Kind::Float), tch::Reduction::Mean);
-        loss.backward();
-        if x.is_floating_point() {
-            close("x_grad", &x.grad());
-        }
-        let parameters = model.trainable_parameters();
-        let expected = record.keys().filter(|key| key.starts_with(&format!("{step}.grad."))).count();
-        assert_eq!(parameters.len(), expected, "{name}");
-        let _no_grad = tch::no_grad_guard();
-        for p in parameters {
-            close(&format!("grad.{}", p.name), &p.tensor.grad());
-            let mut value = p.tensor.shallow_clone();
-            value -= p.tensor.grad() * LR;
-            let _ = p.tensor.grad().zero_();
-        }
-    }
+    common::follow::follow(dir, prefix);
 }
 
 #[test]

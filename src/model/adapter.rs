@@ -5,13 +5,14 @@ use crate::base::{Adapter, Base, Site, WeightRole};
 use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft};
 use crate::lora::{
-    self, Bias, Built, InitLoraWeights, LayerForm, LayerSettings, LayerSpec, LoftQ, LoraConfig, LoraLayer, Replacement,
-    Switches, TargetModules, TokenIndices, TokenRows,
+    self, AdapterConfig, Bias, Built, InitLoraWeights, LayerData, LayerForm, LayerSettings, LayerSpec, LoraConfig,
+    LoraLayer, Replacement, Switches, TargetModules, TokenIndices, TokenRows,
 };
 use crate::names;
-use crate::quant::{PackedWeight, Scheme};
-use std::collections::{HashMap, HashSet};
+use crate::quant::PackedWeight;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
+use tch::Tensor;
 
 /// The adapter that a model starts with, as in PEFT.
 pub(super) const DEFAULT: &str = "default";
@@ -24,7 +25,7 @@ pub(super) type BySite<'a> = HashMap<*const Site, (&'a Arc<Site>, Vec<Arc<dyn Ad
 pub(super) struct NamedAdapter {
     pub(super) name: String,
     /// With `all-linear` resolved to paths, and patterns settled.
-    pub(super) config: LoraConfig,
+    pub(super) config: AdapterConfig,
     /// The modules with A and B, sorted by path.
     pub(super) layers: Vec<Layer>,
     /// Full copies: `modules_to_save` and biases.
@@ -39,6 +40,22 @@ pub(super) struct NamedAdapter {
     /// What takes the place of weights that its initialisation was taken out
     /// of; empty once that is done.
     pub(super) residuals: Vec<(Arc<Site>, Arc<dyn PackedWeight>)>,
+    /// Its tensors before training, where only data can take it out of the base
+    /// again: then it is saved as what it learnt since.
+    pub(super) initial: Option<BTreeMap<String, Tensor>>,
+}
+
+/// How A and B start, with what data said about the layers at their paths.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Init<'a> {
+    pub(super) init: InitLoraWeights,
+    pub(super) data: Option<&'a HashMap<String, Arc<LayerData>>>,
+}
+
+impl From<InitLoraWeights> for Init<'_> {
+    fn from(init: InitLoraWeights) -> Self {
+        Init { init, data: None }
+    }
 }
 
 /// A and B on one weight.
@@ -71,22 +88,23 @@ pub(super) struct Tokens {
 
 impl NamedAdapter {
     /// A new adapter beside the base, in which nothing takes part yet.
-    pub(super) fn build<M>(
+    pub(super) fn build<'a, M>(
         name: &str,
         base: &Base<M>,
-        mut config: LoraConfig,
-        init: InitLoraWeights,
+        mut config: AdapterConfig,
+        init: impl Into<Init<'a>>,
         switches: &Arc<Switches>,
     ) -> Result<Self> {
         check_name(name)?;
         config.check_supported()?;
+        let init = init.into();
         // `all-linear` means linear layers; a name may mean any kind.
-        let candidates: Vec<_> = match config.target_modules {
+        let candidates: Vec<_> = match config.selection().target_modules {
             Some(TargetModules::AllLinear) => base.weights().linears().collect(),
             _ => base.weights().layers().collect(),
         };
         let paths: Vec<&str> = candidates.iter().map(|(path, _)| *path).collect();
-        let targets = lora::resolve(&config, &paths)?;
+        let targets = lora::resolve(&config.selection(), &paths)?;
         let wanted: HashSet<&str> = targets.iter().map(String::as_str).collect();
         let chosen: Vec<_> = candidates.into_iter().filter(|(path, _)| wanted.contains(path)).collect();
         let settings = config.layer_settings(chosen.iter().map(|(path, _)| *path));
@@ -101,8 +119,8 @@ impl NamedAdapter {
                 let found = format!("{path} and {}, which share one weight", first.map_or("", |layer| &layer.path));
                 return Err(Error::config("target_modules", "one name of a tied weight", found));
             }
-            let spec = layer_spec(&config, settings, init, weight.role, path)?;
-            let Built { layer, residual } = spec.build(&site.frozen(), switches)?;
+            let Built { layer, residual } =
+                layer(&config, settings, init, weight.role, path, &site.frozen(), switches)?;
             residuals.extend(residual.map(|residual| (Arc::clone(&site), residual)));
             layers.push(Layer { path: path.to_string(), site, lora: layer, settings });
         }
@@ -113,21 +131,18 @@ impl NamedAdapter {
                 return Err(Error::config("modules_to_save", "one name of a tied weight", found));
             }
         }
-        let tokens = tokens(base, &config, switches)?;
+        let tokens = config.as_lora().map_or(Ok(Vec::new()), |config| tokens(base, config, switches))?;
         for table in &tokens {
             if taken.contains(&Arc::as_ptr(&table.site)) {
                 let expected = "tables that the same adapter doesn't change otherwise, as in PEFT";
                 return Err(Error::config("trainable_token_indices", expected, &table.path));
             }
         }
-        // PEFT writes what `all-linear` meant, as a list of paths.
-        config.settle(&targets);
-        if config.target_modules == Some(TargetModules::AllLinear) {
-            config.target_modules = Some(TargetModules::List(targets));
-        }
+        config.settle(targets);
         let name = name.to_string();
         let report = None;
-        Ok(NamedAdapter { name, config, layers, saved, tokens, trainable: true, scale: 1.0, report, residuals })
+        let (trainable, scale, initial) = (true, 1.0, None);
+        Ok(NamedAdapter { name, config, layers, saved, tokens, trainable, scale, report, residuals, initial })
     }
 
     /// Every weight that it changes, with what changes it.
@@ -162,7 +177,7 @@ impl NamedAdapter {
         if self.name != DEFAULT {
             for parameter in &mut all {
                 parameter.name = match parameter.name.rsplit_once('.') {
-                    Some((head, end)) if end.starts_with("lora_") => format!("{head}.{end}.{}", self.name),
+                    Some((head, end)) if names_adapter(end) => format!("{head}.{end}.{}", self.name),
                     Some((head, end)) => format!("{head}.{}.{end}", self.name),
                     None => format!("{}.{}", parameter.name, self.name),
                 };
@@ -177,6 +192,26 @@ impl NamedAdapter {
             let _ = parameter.tensor.f_set_requires_grad(on)?;
         }
         Ok(())
+    }
+
+    /// Keeps a copy of its tensors, if they were taken out of the base.
+    pub(super) fn keep_initial(&mut self) -> Result<()> {
+        if self.residuals.is_empty() {
+            return Ok(());
+        }
+        let copy = |p: NamedParameter| {
+            let mut copy = p.tensor.f_detach()?.f_empty_like()?;
+            copy.f_copy_(&p.tensor.f_detach()?)?;
+            Ok((p.name, copy))
+        };
+        self.initial = Some(self.tensors().into_iter().map(copy).collect::<Result<_>>()?);
+        Ok(())
+    }
+
+    /// Its configuration, for what only LoRA has.
+    pub(super) fn lora_config(&self, what: &str) -> Result<&LoraConfig> {
+        let other = || Error::config("peft_type", format!("LORA for {what}"), self.config.peft_type());
+        self.config.as_lora().ok_or_else(other)
     }
 
     /// Multiplies the scales that the configuration gives.
@@ -198,21 +233,47 @@ pub(super) fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// What the adapter of a weight with this role is made from.
-fn layer_spec(
-    config: &LoraConfig,
+/// Whether the last part of a key is the adapter's own, and not that of a
+/// tensor in a module of its own.
+fn names_adapter(end: &str) -> bool {
+    ["lora_", "hada_", "lokr_"].iter().any(|prefix| end.starts_with(prefix))
+}
+
+/// The adapter of a weight with this role, and what its start leaves of the
+/// weight.
+fn layer(
+    config: &AdapterConfig,
     settings: LayerSettings,
-    init: InitLoraWeights,
+    init: Init,
     role: WeightRole,
     path: &str,
-) -> Result<LayerSpec> {
+    weight: &Arc<dyn PackedWeight>,
+    switches: &Arc<Switches>,
+) -> Result<Built> {
+    let fan_in_fan_out = config.as_lora().is_some_and(LoraConfig::fan_in_fan_out);
     let form = match role {
         WeightRole::Embedding => LayerForm::Embedding,
         WeightRole::Conv { groups } => LayerForm::Conv { groups },
         // As in PEFT, a module's class decides where it is known.
         WeightRole::Conv1D => LayerForm::Linear { fan_in_fan_out: true },
-        WeightRole::Linear | WeightRole::Other => LayerForm::Linear { fan_in_fan_out: config.fan_in_fan_out },
+        WeightRole::Linear | WeightRole::Other => LayerForm::Linear { fan_in_fan_out },
     };
+    let layer = match config {
+        AdapterConfig::Lora(config) => return layer_spec(config, settings, init, form, path)?.build(weight, switches),
+        AdapterConfig::Loha(config) => lora::lycoris_layer(config, settings, form, path, weight, switches)?,
+        AdapterConfig::Lokr(config) => lora::lycoris_layer(config, settings, form, path, weight, switches)?,
+    };
+    Ok(Built { layer, residual: None })
+}
+
+/// What the LoRA of a weight of this form is made from.
+fn layer_spec(
+    config: &LoraConfig,
+    settings: LayerSettings,
+    init: Init,
+    form: LayerForm,
+    path: &str,
+) -> Result<LayerSpec> {
     if config.lora_bias && form == LayerForm::Embedding {
         return Err(Error::config("lora_bias", "false where an embedding is adapted", format!("true for {path}")));
     }
@@ -223,27 +284,12 @@ fn layer_spec(
         dropout: config.lora_dropout,
         lora_bias: config.lora_bias,
         use_dora: config.use_dora,
-        init,
-        loftq: loftq(config)?,
+        qalora: config.use_qalora().then(|| config.qalora_group_size()),
+        init: init.init,
+        loftq: config.loftq_config()?,
+        data: init.data.and_then(|data| data.get(path)).cloned(),
         kind: config.dtype,
     })
-}
-
-/// PEFT's `loftq_config`: the bits and the number of iterations.
-fn loftq(config: &LoraConfig) -> Result<LoftQ> {
-    let field = |key: &str, default: i64| {
-        let value = config.other("loftq_config").and_then(|fields| fields.get(key));
-        value.map_or(Some(default), serde_json::Value::as_i64).unwrap_or(-1)
-    };
-    let scheme = match field("loftq_bits", 4) {
-        4 => LoftQ::default().scheme,
-        8 => Scheme::Int8,
-        bits => return Err(Error::config("loftq_config", "loftq_bits of 4 or 8", bits)),
-    };
-    match field("loftq_iter", 1) {
-        iterations if iterations >= 1 => Ok(LoftQ { scheme, iterations }),
-        iterations => Err(Error::config("loftq_config", "a loftq_iter of at least 1", iterations)),
-    }
 }
 
 /// The tables of which rows are trained.
@@ -282,9 +328,14 @@ fn tokens<M>(base: &Base<M>, config: &LoraConfig, switches: &Arc<Switches>) -> R
 }
 
 /// Copies of the weights that `modules_to_save` and `bias` mean.
-fn saved<M>(base: &Base<M>, config: &LoraConfig, targets: &[String], switches: &Arc<Switches>) -> Result<Vec<Saved>> {
-    let entries = config.modules_to_save();
-    if entries.is_empty() && config.bias == Bias::None {
+fn saved<M>(
+    base: &Base<M>,
+    config: &AdapterConfig,
+    targets: &[String],
+    switches: &Arc<Switches>,
+) -> Result<Vec<Saved>> {
+    let (entries, bias) = (config.selection().modules_to_save, config.bias());
+    if entries.is_empty() && bias == Bias::None {
         return Ok(Vec::new());
     }
     let targets: HashSet<&str> = targets.iter().map(String::as_str).collect();
@@ -296,7 +347,7 @@ fn saved<M>(base: &Base<M>, config: &LoraConfig, targets: &[String], switches: &
         let entry = entries.iter().find(|entry| names::is_within(&path, entry));
         let end = weight.name.rsplit('.').next().unwrap_or_default();
         let targeted = targets.contains(path.as_str());
-        let key = match (entry, config.bias) {
+        let key = match (entry, bias) {
             (Some(entry), _) => {
                 used.insert(entry);
                 peft::key(&path, end)

@@ -4,7 +4,8 @@ use super::LoraModel;
 use super::adapter::NamedAdapter;
 use crate::error::{Error, Result};
 use crate::format::{peft, safetensors, write_files};
-use crate::lora::{InitLoraWeights, LayerPattern};
+use crate::lora::{AdapterConfig, InitLoraWeights, LayerPattern};
+use std::collections::BTreeMap;
 use std::path::Path;
 use tch::Tensor;
 
@@ -24,17 +25,40 @@ impl<M> LoraModel<M> {
     /// [`Error::Io`].
     pub fn save_as_lora(&self, name: &str, folder: impl AsRef<Path>, initial: impl AsRef<Path>) -> Result<()> {
         let adapter = self.named(name)?;
-        let mut config = adapter.config.clone();
+        let path = initial.as_ref().join(peft::WEIGHTS_FILE);
+        let initial = safetensors::read(&path)?;
+        adapter.lora_config(CONVERSION)?;
+        adapter.check_tensors(&path, &initial)?;
+        let (tensors, config) = adapter.as_lora(&initial)?;
+        let files = [
+            (peft::WEIGHTS_FILE.to_string(), safetensors::serialize(&tensors)?),
+            (peft::CONFIG_FILE.to_string(), peft::config_to_json(&config)?),
+        ];
+        write_files(folder.as_ref(), &files)
+    }
+}
+
+const CONVERSION: &str = "a conversion to LoRA";
+
+/// Whether a key is that of the factor `A` or `B`.
+fn is_factor(key: &str, half: &str) -> bool {
+    key.ends_with(&format!(".lora_{half}.weight")) || key.ends_with(&format!(".lora_embedding_{half}"))
+}
+
+impl NamedAdapter {
+    /// What it learnt since it was `initial`, as plain LoRA.
+    pub(super) fn as_lora(
+        &self,
+        initial: &BTreeMap<String, Tensor>,
+    ) -> Result<(BTreeMap<String, Tensor>, AdapterConfig)> {
+        let mut config = self.lora_config(CONVERSION)?.clone();
         for (field, on) in [("use_dora", config.use_dora), ("lora_bias", config.lora_bias)] {
             if on {
                 return Err(Error::config(field, "false where an adapter is converted", on));
             }
         }
-        let path = initial.as_ref().join(peft::WEIGHTS_FILE);
-        let initial = safetensors::read(&path)?;
-        adapter.check_tensors(&path, &initial)?;
-        let mut tensors: Vec<(String, Tensor)> = Vec::new();
-        for parameter in adapter.tensors() {
+        let mut tensors = BTreeMap::new();
+        for parameter in self.tensors() {
             let (key, now) = (parameter.name, parameter.tensor.f_detach()?);
             let before = initial.get(&key).map(|tensor| tensor.f_to_kind(now.f_kind()?)).transpose()?;
             let value = match before {
@@ -42,7 +66,7 @@ impl<M> LoraModel<M> {
                 Some(before) if is_factor(&key, "B") => Tensor::f_cat(&[now, before.f_neg()?], 1)?,
                 _ => now,
             };
-            tensors.push((key, value));
+            tensors.insert(key, value);
         }
         // s stays: alpha/r with both doubled, alpha/√r with alpha·√2.
         let factor = if config.use_rslora { 2f64.sqrt() } else { 2.0 };
@@ -53,26 +77,11 @@ impl<M> LoraModel<M> {
             LayerPattern::new(config.alpha_pattern.entries().map(|(p, alpha)| (p.to_string(), alpha * factor)));
         config.init_lora_weights = InitLoraWeights::Default;
         config.other.insert("inference_mode".into(), true.into());
-        let files = [
-            (peft::WEIGHTS_FILE.to_string(), safetensors::serialize(&tensors.into_iter().collect())?),
-            (peft::CONFIG_FILE.to_string(), peft::config_to_json(&config)?),
-        ];
-        write_files(folder.as_ref(), &files)
+        Ok((tensors, config.into()))
     }
-}
 
-/// Whether a key is that of the factor `A` or `B`.
-fn is_factor(key: &str, half: &str) -> bool {
-    key.ends_with(&format!(".lora_{half}.weight")) || key.ends_with(&format!(".lora_embedding_{half}"))
-}
-
-impl NamedAdapter {
     /// Whether `tensors` are this adapter's, in name, shape and sanity.
-    pub(super) fn check_tensors(
-        &self,
-        path: &Path,
-        tensors: &std::collections::BTreeMap<String, Tensor>,
-    ) -> Result<()> {
+    pub(super) fn check_tensors(&self, path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
         super::files::check_tensors(&self.tensors(), path, tensors)
     }
 }

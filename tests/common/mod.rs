@@ -2,6 +2,7 @@
 
 #![allow(dead_code, missing_docs)]
 
+pub mod follow;
 pub mod training;
 
 use std::collections::BTreeMap;

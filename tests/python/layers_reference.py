@@ -90,7 +90,7 @@ CONV = dict(target_modules=["conv"], r=4, lora_alpha=8)
 WORDS = dict(target_modules=["embed"], r=4, lora_alpha=8)
 LINEAR = dict(target_modules=["up"], r=4, lora_alpha=8)
 
-# name: (module, inputs, LoraConfig, groups of a convolution)
+# name: (module, inputs, the fields of LoraConfig or of another `kind`, groups of a convolution)
 CASES = {
     "conv1d": (lambda: Convs(1), image(1), CONV, 1),
     "conv1d_stride": (lambda: Convs(1, stride=2, padding=1), image(1), CONV, 1),
@@ -201,7 +201,9 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
             for layer in adapted.modules():
                 if isinstance(layer, (nn.Linear, Conv1D)):
                     layer.weight.data = quantised(layer.weight.data, base).to(dtype)
-        peft_model = get_peft_model(adapted, LoraConfig(**copy.deepcopy(settings)))
+        settings = copy.deepcopy(settings)
+        kind = settings.pop("kind", LoraConfig)
+        peft_model = get_peft_model(adapted, kind(**settings))
         repair(peft_model)
         if not case.startswith("init"):
             randomise(peft_model, seed=1)
@@ -225,6 +227,8 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
         if x.is_floating_point():
             record |= snapshot(f"{step}.", {"x_grad": x.grad})
         parameters = adapters(peft_model)
+        for p in parameters.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         record |= snapshot(f"{step}.grad.", {key(name): p.grad for name, p in parameters.items()})
         with torch.no_grad():
             for p in parameters.values():
@@ -233,16 +237,19 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
     with torch.no_grad():
         record |= snapshot("", {"trained": peft_model.eval()(xs[0])})
     peft_model.save_pretrained(folder / "trained", save_embedding_layers=False)
+    if kind is not LoraConfig:
+        peft_model.merge_adapter()
+        with torch.no_grad():
+            record |= snapshot("", {"merged": peft_model(xs[0])})
     save_file({name: t.contiguous() for name, t in record.items()}, folder / "record.safetensors")
     return {"name": folder.name, "base": base, "dtype": str(dtype).split(".")[1], "groups": groups}
 
 
-def main() -> None:
+def main(out: Path) -> None:
     torch.set_num_threads(2)
-    out = Path(sys.argv[1])
     cases = [make(case, base, dtype, out) for case in CASES for base, dtype in VARIANTS if runs(case, base, dtype)]
     (out / "cases.json").write_text(json.dumps(cases))
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))
