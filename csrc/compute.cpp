@@ -1,6 +1,8 @@
-// What the kernels take from libtorch: its threads, and oneDNN's product.
+// What the kernels take from libtorch: its threads, oneDNN's product, and the
+// factors of `addmm`, which tch leaves out.
 #include <ATen/TensorIterator.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 
 #include <optional>
@@ -60,5 +62,10 @@ char* tp_onednn_linear(tp_tensor x, tp_tensor w, tp_tensor* out) {
     static const auto op = onednn()->typed<LinearPointwise>();
     *out = new Tensor(op.call(*x, *w, std::nullopt, "none", Scalars(), ""));
   });
+}
+
+// out = beta · out + alpha · a · b; with beta = 0 whatever is in `out` is ignored.
+char* tp_addmm(tp_tensor out, tp_tensor a, tp_tensor b, double beta, double alpha) {
+  return guarded([&] { at::addmm_out(*out, *out, *a, *b, beta, alpha); });
 }
 }

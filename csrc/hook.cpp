@@ -24,15 +24,20 @@ constexpr auto KEY = c10::DispatchKey::TESTING_ONLY_GenericWrapper;
 // CUDA is loaded before `main`, by the file that every user of the hook links.
 [[maybe_unused]] const char* const cuda_at_start = tp_cuda_status();
 
-// Owns Rust's site, or borrows that of the weight of which it is the transpose.
+// A view of all matrices of a weight, not of one of a stack.
+constexpr int64_t WHOLE = -1;
+
+// Owns Rust's site, or borrows that of the weight of which it is a view: one
+// matrix of a stack, and with rows and columns exchanged.
 struct Site final : c10::BackendMeta {
   const tp_site_calls* calls;
   void* rust;
   c10::intrusive_ptr<Site> origin;
+  int64_t matrix = WHOLE;
   bool transposed = false;
   Site(const tp_site_calls* calls, void* rust) : calls(calls), rust(rust) {}
-  Site(c10::intrusive_ptr<Site> of, bool transposed)
-      : calls(of->calls), rust(of->rust), origin(std::move(of)), transposed(transposed) {}
+  Site(c10::intrusive_ptr<Site> of, int64_t matrix, bool transposed)
+      : calls(of->calls), rust(of->rust), origin(std::move(of)), matrix(matrix), transposed(transposed) {}
   ~Site() override {
     if (!origin) calls->drop(rust);
   }
@@ -54,7 +59,8 @@ Tensor ask(F&& call) {
 
 Tensor dense(const Site* site, const char* op) {
   auto value = ask([&](auto out, auto error) { return site->calls->dense(site->rust, op, out, error); });
-  return site->transposed ? value.t() : value;
+  if (site->matrix != WHOLE) value = value.select(0, site->matrix);
+  return site->transposed ? value.transpose(-2, -1) : value;
 }
 
 Tensor plain(const Tensor& t, const char* op) {
@@ -68,20 +74,26 @@ Tensor plain(const Tensor& t, const char* op) {
                            "Change or load the base before it is quantised or wrapped");
 }
 
-// x · W + bias, where W is (in, out) as it stands.
+// x · Wᵀ + bias, or x · W + bias where `transposed`, with a matrix.
 Tensor product(const Site* site, const Tensor& x, const Tensor& bias, bool transposed, const char* op) {
   auto input = plain(x, op);
   auto offset = plain(bias, op);
   return ask([&](auto out, auto error) {
-    return site->calls->linear(site->rust, &input, offset.defined() ? &offset : nullptr, transposed, out, error);
+    return site->calls->linear(site->rust, &input, offset.defined() ? &offset : nullptr, site->matrix, transposed, out,
+                               error);
   });
+}
+
+// x · W, or x · Wᵀ where `transposed` is false, with a stack of matrices.
+Tensor products(const Site* site, Tensor x, bool transposed) {
+  return ask([&](auto out, auto error) { return site->calls->batched(site->rust, &x, transposed, out, error); });
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   auto site = site_of(weight);
-  if (site) return product(site, x, bias.value_or(Tensor()), site->transposed, "aten::linear");
+  if (site && weight.dim() == 2) return product(site, x, bias.value_or(Tensor()), site->transposed, "aten::linear");
   auto offset = bias ? std::optional<Tensor>(plain(*bias, "aten::linear")) : std::nullopt;
-  return at::linear(plain(x, "aten::linear"), weight, offset);
+  return at::linear(plain(x, "aten::linear"), plain(weight, "aten::linear"), offset);
 }
 
 // `set_data` bypasses the dispatcher except for this question, which it asks
@@ -158,6 +170,23 @@ class Arguments {
 
 c10::intrusive_ptr<c10::TensorImpl> hollow(const Tensor& like, at::IntArrayRef sizes, c10::intrusive_ptr<Site> site);
 
+// An adapted weight again, which shares the site.
+Tensor view(const Tensor& weight, Site* site, at::IntArrayRef sizes, int64_t matrix, bool transposed) {
+  auto origin = site->origin ? site->origin : c10::intrusive_ptr<Site>::reclaim_copy(site);
+  return Tensor(hollow(weight, sizes, c10::make_intrusive<Site>(std::move(origin), matrix, transposed)));
+}
+
+// bmm, and matmul of two stacks of one size: x · W or x · Wᵀ for each matrix.
+void multiply_stack(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  Arguments arguments(op, stack);
+  auto x = arguments.tensor("self");
+  auto weight = arguments.tensor(arguments.has("mat2") ? "mat2" : "other");
+  auto site = site_of(weight);
+  if (!site || site_of(x) || weight.dim() != 3 || x.dim() != 3 || x.size(0) != weight.size(0))
+    return fallback(op, stack);
+  arguments.answer(products(site, x, !site->transposed));
+}
+
 // matmul, mm, addmm: x · W or x · Wᵀ.
 void multiply(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Arguments arguments(op, stack);
@@ -165,7 +194,8 @@ void multiply(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   auto x = arguments.tensor(add ? "mat1" : "self");
   auto weight = arguments.tensor(arguments.has("mat2") ? "mat2" : "other");
   auto site = site_of(weight);
-  if (!site || site_of(x) || x.dim() == 0) return fallback(op, stack);
+  if (site && weight.dim() == 3 && !add) return multiply_stack(op, stack);
+  if (!site || weight.dim() != 2 || site_of(x) || x.dim() == 0) return fallback(op, stack);
   const auto name = op.schema().name().c_str();
   if (!add) return arguments.answer(product(site, x, {}, !site->transposed, name));
   auto bias = plain(arguments.tensor("self"), name);
@@ -177,24 +207,45 @@ void multiply(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   arguments.answer(beta.equal(0) ? y : y.add(bias, beta));
 }
 
-// t, transpose, numpy_T, mT: an adapted weight again, which shares the site.
+// t, transpose, numpy_T, mT: rows for columns, of a matrix or of each of a stack.
 void transpose(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Arguments arguments(op, stack);
   auto weight = arguments.tensor("self");
   auto site = site_of(weight);
-  const bool swaps = weight.dim() == 2 && (!arguments.has("dim0") ||
-                                           (arguments["dim0"].toInt() - arguments["dim1"].toInt()) % 2 != 0);
-  if (!site || !swaps) return fallback(op, stack);
-  auto origin = site->origin ? site->origin : c10::intrusive_ptr<Site>::reclaim_copy(site);
-  auto other = c10::make_intrusive<Site>(std::move(origin), !site->transposed);
-  arguments.answer(Tensor(hollow(weight, {weight.size(1), weight.size(0)}, std::move(other))));
+  const auto dims = weight.dim();
+  bool swaps = site && (dims == 2 || dims == 3);
+  if (swaps && arguments.has("dim0")) {
+    const auto a = at::maybe_wrap_dim(arguments["dim0"].toInt(), dims);
+    const auto b = at::maybe_wrap_dim(arguments["dim1"].toInt(), dims);
+    swaps = std::min(a, b) == dims - 2 && std::max(a, b) == dims - 1;
+  } else if (dims == 3) {
+    swaps = swaps && op.schema().name() == "aten::mT";
+  }
+  if (!swaps) return fallback(op, stack);
+  auto sizes = weight.sizes().vec();
+  std::swap(sizes[dims - 2], sizes[dims - 1]);
+  arguments.answer(view(weight, site, sizes, site->matrix, !site->transposed));
+}
+
+// w[i] of a stack: one of its matrices.
+void select(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  Arguments arguments(op, stack);
+  auto weight = arguments.tensor("self");
+  auto site = site_of(weight);
+  const auto dim = arguments["dim"].toInt();
+  auto index = arguments["index"].toInt();
+  if (!site || weight.dim() != 3 || (dim != 0 && dim != -3)) return fallback(op, stack);
+  if (index < 0) index += weight.size(0);
+  // libtorch says what is wrong with the number.
+  if (index < 0 || index >= weight.size(0)) return fallback(op, stack);
+  arguments.answer(view(weight, site, weight.sizes().slice(1), index, site->transposed));
 }
 
 void embedding(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Arguments arguments(op, stack);
   auto site = site_of(arguments.tensor("weight"));
   auto indices = arguments.tensor("indices");
-  if (!site || site->transposed || site_of(indices)) return fallback(op, stack);
+  if (!site || site->matrix != WHOLE || site->transposed || site_of(indices)) return fallback(op, stack);
   arguments.answer(ask([&](auto out, auto error) {
     return site->calls->embedding(site->rust, &indices, arguments["padding_idx"].toInt(),
                                   arguments["scale_grad_by_freq"].toBool(), arguments["sparse"].toBool(), out, error);
@@ -242,6 +293,8 @@ TORCH_LIBRARY_IMPL(aten, TESTING_ONLY_GenericWrapper, m) {
   m.impl("linear", TORCH_FN(linear));
   m.impl("_has_compatible_shallow_copy_type", TORCH_FN(has_compatible_shallow_copy_type));
   m.impl("embedding", torch::CppFunction::makeFromBoxedFunction<&embedding>());
+  m.impl("bmm", torch::CppFunction::makeFromBoxedFunction<&multiply_stack>());
+  m.impl("select.int", torch::CppFunction::makeFromBoxedFunction<&select>());
   for (auto name : {"matmul", "mm", "addmm"}) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&multiply>());
   for (auto name : {"t", "transpose.int", "numpy_T", "mT"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&transpose>());

@@ -1,5 +1,6 @@
 // What tch doesn't bind: generator states, the fused AdamW step, autocast's
 // dtype, TorchScript's module tree; and loading CUDA.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <torch/csrc/jit/api/module.h>
@@ -45,6 +46,24 @@ char* tp_set_generator_state(int device, tp_tensor state) {
     auto generator = at::globalContext().defaultGenerator(device_of(device));
     std::lock_guard<std::mutex> lock(generator.mutex());
     generator.set_state(*state);
+  });
+}
+
+// Lends the Mersenne Twister of the CPU's default generator: its 624 words and
+// how many of them are used up, at least one of which must be used.
+char* tp_with_cpu_engine(void* context, void (*call)(void* context, uint32_t* words, size_t* used)) {
+  return guarded([&] {
+    auto generator = at::check_generator<at::CPUGeneratorImpl>(at::detail::getDefaultCPUGenerator());
+    std::lock_guard<std::mutex> lock(generator->mutex_);
+    auto engine = generator->engine();
+    auto data = engine.data();
+    // A seeded engine that has drawn nothing says 0 with one left.
+    size_t used = data.left_ == 1 ? data.state_.size() : data.next_;
+    call(context, data.state_.data(), &used);
+    data.next_ = static_cast<uint32_t>(used);
+    data.left_ = static_cast<int>(data.state_.size() + 1 - used);
+    engine.set_data(data);
+    generator->set_engine(engine);
   });
 }
 

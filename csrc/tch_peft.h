@@ -53,8 +53,12 @@ struct tp_convolution {
 // What Rust does for an adapted weight. `site` is Rust's object; a false
 // result means that `error` was filled by tp_set_message.
 struct tp_site_calls {
-  // x · Wᵀ + bias, or x · W + bias if `transposed`.
-  bool (*linear)(void* site, tp_tensor x, tp_tensor bias, bool transposed, tp_tensor* out, std::string* error);
+  // x · Wᵀ + bias, or x · W + bias if `transposed`; W is matrix number `matrix`
+  // of a stack, or below 0 the weight itself.
+  bool (*linear)(void* site, tp_tensor x, tp_tensor bias, int64_t matrix, bool transposed, tp_tensor* out,
+                 std::string* error);
+  // The same for each matrix of a stack, with x a stack as well.
+  bool (*batched)(void* site, tp_tensor x, bool transposed, tp_tensor* out, std::string* error);
   bool (*embedding)(void* site, tp_tensor indices, int64_t padding_idx, bool scale_grad_by_freq, bool sparse,
                     tp_tensor* out, std::string* error);
   bool (*convolution)(void* site, tp_tensor x, tp_tensor bias, const tp_convolution* form, tp_tensor* out,
@@ -85,6 +89,7 @@ char* tp_record(const tp_tensor* inputs, size_t n_inputs, const tp_tensor* saved
 
 char* tp_generator_state(int device, tp_tensor* out);
 char* tp_set_generator_state(int device, tp_tensor state);
+char* tp_with_cpu_engine(void* context, void (*call)(void* context, uint32_t* words, size_t* used));
 
 char* tp_fused_adamw(const tp_tensor* params, const tp_tensor* grads, const tp_tensor* exp_avgs,
                      const tp_tensor* exp_avg_sqs, const tp_tensor* steps, size_t n, double lr, double beta1,
@@ -129,6 +134,7 @@ void tp_trim_heap();
 char* tp_parallel_for(size_t n, void* context, bool (*call)(void* context, size_t begin, size_t end, std::string* error));
 bool tp_has_onednn();
 char* tp_onednn_linear(tp_tensor x, tp_tensor w, tp_tensor* out);
+char* tp_addmm(tp_tensor out, tp_tensor a, tp_tensor b, double beta, double alpha);
 
 const char* tp_cuda_status();
 }

@@ -79,7 +79,7 @@ pub use checkpoint::{
 };
 pub use error::{Error, Result};
 pub use ffi::runtime::cuda_status;
-pub use format::LoadReport;
+pub use format::{AdapterFile, AdapterFormat, DetectedFormat, KeyMapping, KeyMappingBuilder, LoadReport};
 pub use lora::{
     AdapterConfig, Bias, Combination, CordaConfig, CordaMethod, EvaConfig, InitLoraWeights, LayerPattern,
     LayerSettings, LoftqConfig, Loha, LohaConfig, LohaConfigBuilder, Lokr, LokrConfig, LokrConfigBuilder, LokrInit,
@@ -103,3 +103,9 @@ pub use train::{
 #[doc = include_str!("../README.md")]
 #[derive(Debug)]
 pub struct Readme;
+
+/// Compiles the code in docs/formats.md.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/formats.md")]
+#[derive(Debug)]
+pub struct Formats;

@@ -61,6 +61,9 @@ fn from_data(dir: &Path, case: &str, base: Base<TorchScript>) -> LoraModel<Torch
     config = config.init_lora_weights(theirs.init_lora_weights());
     config = config.eva_config(theirs.eva_config().unwrap()).corda_config(theirs.corda_config().unwrap());
     config = config.lora_ga_config(theirs.lora_ga_config().unwrap());
+    if case == "eva" {
+        config = config.rank_pattern([("up", 6)]);
+    }
     let backward = case.starts_with("lora_ga");
     LoraModel::wrap_with_data(base, config.build().unwrap(), &batches(dir), step(backward)).unwrap()
 }
@@ -97,6 +100,8 @@ fn eva_finds_pefts_directions_and_ranks() {
             (model.config().as_lora().unwrap(), LoraConfig::from_pretrained(dir.join(case).join("adapter")).unwrap());
         let theirs_of = theirs.layer_settings(["up", "mid"]);
         assert_eq!(ours.layer_settings(["up", "mid"]), theirs_of, "{case}");
+        // What was asked for is moved where it explains more.
+        assert!(case != "eva" || theirs_of[0].r < 6 && theirs_of[1].r > 4, "{case}: {theirs_of:?}");
         let adapter = read(dir.join(case).join("adapter/adapter_model.safetensors"));
         for path in ["up", "mid"] {
             let key = format!("base_model.model.{path}.lora_A.weight");
@@ -108,7 +113,7 @@ fn eva_finds_pefts_directions_and_ranks() {
         model.save_pretrained(&folder).unwrap();
         let again = LoraModel::from_pretrained(base(dir), &folder).unwrap();
         assert_same(case, &tensor(&again, "up.lora_A.weight"), &tensor(&model, "up.lora_A.weight"));
-        assert_eq!(again.config(), model.config(), "{case}");
+        assert!(again.config().differences(model.config()).is_empty(), "{case}");
     }
     // The first rows alone.
     let config = LoraConfig::builder().r(2).target_modules(["up"]).init_lora_weights(InitLoraWeights::Eva);

@@ -8,24 +8,20 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use common::follow::follow_steps;
-use common::{peer, python, read, rng};
+use common::follow::{self, follow_steps};
+use common::{read, rng};
 use tch_peft::{Base, InitLoraWeights, LoraConfig, LoraModel};
 
 fn fixtures() -> Option<&'static Path> {
     static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let made = MADE.get_or_init(|| {
-        python()?;
-        let dir = common::fresh_dir("layers");
-        peer("layers_reference.py", &[dir.as_os_str()]);
-        Some(dir)
-    });
-    made.as_deref()
+    let prefixes = ["conv", "embedding", "linear", "gpt", "dora", "init"];
+    MADE.get_or_init(|| follow::make("layers", &prefixes)).as_deref()
 }
 
+/// Follows PEFT's record of the cases that start with `prefix`.
 fn follow(prefix: &str) {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
-    common::follow::follow(dir, prefix);
+    follow::follow(dir, prefix);
 }
 
 #[test]

@@ -16,7 +16,7 @@ pub use report::{QuantizationReport, QuantizedWeight};
 pub(crate) use site::{Adapter, Adapters, Site};
 pub use torchscript::TorchScript;
 pub use weights::WeightRole;
-pub(crate) use weights::Weights;
+pub(crate) use weights::{Weight, Weights};
 
 use crate::error::Result;
 use crate::names::suffix_matches;
@@ -72,11 +72,19 @@ impl<M> Base<M> {
     /// `tch::nn` keeps no types: a two-dimensional `….weight` counts as
     /// linear, unless a segment of its path says embedding (`embed…`, `emb`,
     /// `wte`, `wpe`), and one of three to five dimensions as a convolution's.
-    /// `entry` is a module's path or its last segments.
+    /// `entry` is a module's path or its last segments; for
+    /// [`WeightRole::Experts`] also the name of a parameter, and a module stands
+    /// for all of its parameters of three dimensions.
     #[must_use]
     pub fn declare(mut self, entry: &str, role: WeightRole) -> Self {
+        let experts = matches!(role, WeightRole::Experts { .. });
         for weight in self.weights.iter_mut() {
-            if weight.module_path().is_some_and(|path| suffix_matches(path, entry)) {
+            let is_stack = experts && weight.tensor.dim() == 3;
+            let path = match weight.name.rsplit_once('.') {
+                Some((module, end)) if is_stack || end == "weight" => module,
+                _ => continue,
+            };
+            if suffix_matches(path, entry) || (is_stack && suffix_matches(&weight.name, entry)) {
                 weight.role = role;
             }
         }

@@ -4,7 +4,7 @@ use super::mixed::MixedRows;
 use crate::error::{Error, Result};
 use crate::ffi::hook::{Operator, WeightSite};
 use crate::quant::PackedWeight;
-use crate::quant::frozen::frozen;
+use crate::quant::frozen::{frozen, on_dense};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -27,6 +27,11 @@ pub(crate) trait Adapter: fmt::Debug + Send + Sync {
             Some(addition) => Ok(base.f_add(&addition)?.f_to_kind(base.f_kind()?)?),
             None => Ok(base),
         }
+    }
+
+    /// Whether it takes part where the weight is used as a stack of matrices.
+    fn follows_stacks(&self) -> bool {
+        false
     }
 
     /// What it adds to the weight: of the weight's sizes, in `kind`, differentiable.
@@ -141,6 +146,10 @@ impl WeightSite for Site {
     fn apply(&self, operator: &Operator) -> Result<Tensor> {
         let state = self.state();
         let weight = state.weight();
+        let stacks = state.mixed.is_none() && state.live().all(|adapter| adapter.follows_stacks());
+        if operator.is_of_stack() && !stacks {
+            return on_dense(&self.dense("select")?, operator);
+        }
         if let Some(mixed) = &state.mixed {
             return mixed.apply(weight, operator);
         }

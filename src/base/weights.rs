@@ -26,6 +26,13 @@ pub enum WeightRole {
         /// doesn't show it.
         groups: i64,
     },
+    /// A stack (experts, out, in) of one matrix for each expert, or
+    /// (experts, in, out) where `is_transposed`: what `target_parameters`
+    /// names. Stacks count as (experts, out, in) unless declared otherwise.
+    Experts {
+        /// PEFT's, and transformers', attribute of the module.
+        is_transposed: bool,
+    },
     /// Everything else: biases, norms, buffers. Left as it is.
     Other,
 }
@@ -36,6 +43,8 @@ pub(crate) struct Weight {
     pub(crate) name: String,
     pub(crate) tensor: Tensor,
     pub(crate) role: WeightRole,
+    /// Its place in the order in which the parameters were made.
+    pub(crate) place: usize,
 }
 
 impl Weight {
@@ -67,6 +76,8 @@ impl Weight {
 pub(crate) struct Weights(Vec<Weight>);
 
 impl Weights {
+    /// The tensors in the order in which they were made.
+    ///
     /// `role` answers for float tensors called `….weight` of two to five
     /// dimensions, from the module's path and the number of dimensions.
     pub(crate) fn new(
@@ -75,13 +86,14 @@ impl Weights {
     ) -> Self {
         let mut weights: Vec<Weight> = tensors
             .into_iter()
-            .map(|(name, tensor)| {
+            .enumerate()
+            .map(|(place, (name, tensor))| {
                 let dims = tensor.dim();
                 let role = match names::module_path(&name) {
                     Some(path) if (2..=5).contains(&dims) && tensor.is_floating_point() => role(path, dims),
                     _ => WeightRole::Other,
                 };
-                Weight { name, tensor, role }
+                Weight { name, tensor, role, place }
             })
             .collect();
         weights.sort_by(|a, b| a.name.cmp(&b.name));
@@ -89,7 +101,12 @@ impl Weights {
     }
 
     pub(crate) fn of_var_store(vs: &nn::VarStore) -> Self {
-        Weights::new(vs.variables(), role_by_name)
+        // A store keeps the order of its trainable variables only.
+        let made: Vec<_> = vs.trainable_variables().iter().map(Tensor::data_ptr).collect();
+        let mut tensors: Vec<_> = vs.variables().into_iter().collect();
+        let place = |tensor: &Tensor| made.iter().position(|made| *made == tensor.data_ptr()).unwrap_or(made.len());
+        tensors.sort_by_cached_key(|(name, tensor)| (place(tensor), name.clone()));
+        Weights::new(tensors, role_by_name)
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Weight> {
@@ -174,7 +191,7 @@ impl Weights {
             WeightRole::Linear | WeightRole::Conv1D => true,
             WeightRole::Embedding => config.embeddings(),
             WeightRole::Conv { .. } => config.convolutions(),
-            WeightRole::Other => false,
+            WeightRole::Experts { .. } | WeightRole::Other => false,
         };
         let chosen: Vec<(&Weight, Scheme)> =
             self.layers().filter_map(|(path, w)| Some((w, config.choose(path, by_default(w.role))?))).collect();

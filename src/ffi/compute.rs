@@ -13,6 +13,7 @@ unsafe extern "C" {
     fn tp_parallel_for(n: usize, context: *mut c_void, call: RangeCall) -> *mut c_char;
     fn tp_has_onednn() -> bool;
     fn tp_onednn_linear(x: *mut C_tensor, w: *mut C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
+    fn tp_addmm(out: *mut C_tensor, a: *mut C_tensor, b: *mut C_tensor, beta: f64, alpha: f64) -> *mut c_char;
 }
 
 /// How many threads libtorch uses.
@@ -99,6 +100,13 @@ pub(crate) fn onednn_linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
         check(tp_onednn_linear(raw(x), raw(w), &mut out))?;
         Ok(own(out))
     }
+}
+
+/// out = beta · out + alpha · a · b: a (n, k), b (k, m), out (n, m), all of the
+/// same dtype. With beta = 0 what `out` held is ignored, NaN included.
+pub(crate) fn add_product(out: &mut Tensor, a: &Tensor, b: &Tensor, beta: f64, alpha: f64) -> Result<()> {
+    // SAFETY: all are borrowed for the call.
+    check(unsafe { tp_addmm(raw(out), raw(a), raw(b), beta, alpha) })
 }
 
 #[cfg(test)]

@@ -19,6 +19,24 @@ pub(crate) enum Operator<'a> {
         /// Whether the weight is used as (in, out).
         transposed: bool,
     },
+    /// x (…, in) · Wᵀ + bias, or x · W + bias where `transposed`, with one
+    /// matrix W of a stack (n, rows, columns).
+    Matrix {
+        /// (…, in)
+        x: &'a Tensor,
+        /// (out)
+        bias: Option<&'a Tensor>,
+        /// The number of the matrix.
+        index: i64,
+        transposed: bool,
+    },
+    /// x (n, rows, in) · Wᵀ, or x · W where `transposed`, each with its own
+    /// matrix of a stack (n, rows, columns).
+    Stack {
+        /// (n, rows, in)
+        x: &'a Tensor,
+        transposed: bool,
+    },
     /// The rows of a table (rows, dim) at `indices`: (…, dim).
     Embedding {
         /// i64 or i32, of any shape.
@@ -40,14 +58,15 @@ impl<'a> Operator<'a> {
     pub(crate) fn input(&self) -> &'a Tensor {
         match *self {
             Operator::Linear { x, .. } | Operator::Convolution { x, .. } => x,
+            Operator::Matrix { x, .. } | Operator::Stack { x, .. } => x,
             Operator::Embedding { indices, .. } => indices,
         }
     }
 
     pub(crate) fn bias(&self) -> Option<&'a Tensor> {
         match *self {
-            Operator::Linear { bias, .. } | Operator::Convolution { bias, .. } => bias,
-            Operator::Embedding { .. } => None,
+            Operator::Linear { bias, .. } | Operator::Convolution { bias, .. } | Operator::Matrix { bias, .. } => bias,
+            Operator::Embedding { .. } | Operator::Stack { .. } => None,
         }
     }
 
@@ -59,6 +78,8 @@ impl<'a> Operator<'a> {
         match *self {
             Operator::Linear { bias, transposed, .. } => Operator::Linear { x: input, bias, transposed },
             Operator::Convolution { bias, form, .. } => Operator::Convolution { x: input, bias, form },
+            Operator::Matrix { bias, index, transposed, .. } => Operator::Matrix { x: input, bias, index, transposed },
+            Operator::Stack { transposed, .. } => Operator::Stack { x: input, transposed },
             Operator::Embedding { form, .. } => Operator::Embedding { indices: input, form },
         }
     }
@@ -68,8 +89,14 @@ impl<'a> Operator<'a> {
         match *self {
             Operator::Linear { x, transposed, .. } => Operator::Linear { x, bias: None, transposed },
             Operator::Convolution { x, form, .. } => Operator::Convolution { x, bias: None, form },
-            embedding => embedding,
+            Operator::Matrix { x, index, transposed, .. } => Operator::Matrix { x, bias: None, index, transposed },
+            other => other,
         }
+    }
+
+    /// Whether the weight is used as a stack of matrices.
+    pub(crate) fn is_of_stack(&self) -> bool {
+        matches!(self, Operator::Matrix { .. } | Operator::Stack { .. })
     }
 }
 
@@ -118,8 +145,16 @@ struct CForm {
     groups: i64,
 }
 
-type LinearCall =
-    unsafe extern "C" fn(*mut c_void, *mut C_tensor, *mut C_tensor, bool, *mut *mut C_tensor, *mut CppString) -> bool;
+type LinearCall = unsafe extern "C" fn(
+    *mut c_void,
+    *mut C_tensor,
+    *mut C_tensor,
+    i64,
+    bool,
+    *mut *mut C_tensor,
+    *mut CppString,
+) -> bool;
+type BatchedCall = unsafe extern "C" fn(*mut c_void, *mut C_tensor, bool, *mut *mut C_tensor, *mut CppString) -> bool;
 type EmbeddingCall =
     unsafe extern "C" fn(*mut c_void, *mut C_tensor, i64, bool, bool, *mut *mut C_tensor, *mut CppString) -> bool;
 type ConvolutionCall = unsafe extern "C" fn(
@@ -135,6 +170,7 @@ type DenseCall = unsafe extern "C" fn(*mut c_void, *const c_char, *mut *mut C_te
 #[repr(C)]
 struct SiteCalls {
     linear: LinearCall,
+    batched: BatchedCall,
     embedding: EmbeddingCall,
     convolution: ConvolutionCall,
     dense: DenseCall,
@@ -154,6 +190,7 @@ struct Table<S>(std::marker::PhantomData<S>);
 impl<S: WeightSite + 'static> Table<S> {
     const CALLS: &'static SiteCalls = &SiteCalls {
         linear: call_linear::<S>,
+        batched: call_batched::<S>,
         embedding: call_embedding::<S>,
         convolution: call_convolution::<S>,
         dense: call_dense::<S>,
@@ -184,6 +221,7 @@ unsafe extern "C" fn call_linear<S: WeightSite>(
     site: *mut c_void,
     x: *mut C_tensor,
     bias: *mut C_tensor,
+    matrix: i64,
     transposed: bool,
     out: *mut *mut C_tensor,
     error: *mut CppString,
@@ -192,7 +230,27 @@ unsafe extern "C" fn call_linear<S: WeightSite>(
         // SAFETY: C++ passes the object that `attach` gave it, and tensors
         // that live for the length of this call; `bias` is null or valid.
         let (held, x, bias) = unsafe { (held::<S>(site), super::borrow(x), borrow_some(bias)) };
-        held.site.apply(&Operator::Linear { x: &x, bias: bias.as_ref(), transposed })
+        let (x, bias) = (&x, bias.as_ref());
+        held.site.apply(&match matrix {
+            index @ 0.. => Operator::Matrix { x, bias, index, transposed },
+            _ => Operator::Linear { x, bias, transposed },
+        })
+    });
+    // SAFETY: `out` points to a cell on the caller's stack.
+    result.map(|y| unsafe { *out = give(y) }).is_some()
+}
+
+unsafe extern "C" fn call_batched<S: WeightSite>(
+    site: *mut c_void,
+    x: *mut C_tensor,
+    transposed: bool,
+    out: *mut *mut C_tensor,
+    error: *mut CppString,
+) -> bool {
+    let result = guard(error, || {
+        // SAFETY: as in `call_linear`.
+        let (held, x) = unsafe { (held::<S>(site), super::borrow(x)) };
+        held.site.apply(&Operator::Stack { x: &x, transposed })
     });
     // SAFETY: `out` points to a cell on the caller's stack.
     result.map(|y| unsafe { *out = give(y) }).is_some()

@@ -1,12 +1,74 @@
 //! Floor 4: adapter files, in and out.
+//!
+//! A layout is how keys are spelt; one file each. Reading turns any of them
+//! into PEFT's tensors and configuration, writing goes back.
 
+mod comfyui;
+mod convert;
+mod detect;
+mod diffusers;
+mod file;
+mod keys;
+mod kohya;
+mod mapping;
 pub(crate) mod peft;
+mod read;
 pub(crate) mod safetensors;
+mod settings;
+mod sgm;
+mod write;
+
+pub use detect::DetectedFormat;
+pub use file::AdapterFile;
+pub use mapping::{KeyMapping, KeyMappingBuilder};
+pub(crate) use read::{ReadAdapter, read};
+pub(crate) use write::{Outgoing, OutgoingLayer, write};
 
 use crate::error::{Error, Result};
 use std::fmt;
 use std::io::Write;
 use std::path::Path;
+
+/// A layout of adapter files. docs/formats.md shows the keys of each.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum AdapterFormat {
+    /// HF PEFT's folder: `base_model.model.….lora_A.weight` and a
+    /// configuration.
+    #[default]
+    Peft,
+    /// diffusers' `pytorch_lora_weights.safetensors`, which SimpleTuner writes
+    /// too: `transformer.….lora_A.weight`, the configuration in the header.
+    Diffusers,
+    /// The same before PEFT: `unet.….lora.down.weight`,
+    /// `text_encoder.….lora_linear_layer.down.weight`, and attention processors. It has no
+    /// alpha, which is the rank.
+    DiffusersOld,
+    /// kohya's sd-scripts: `lora_unet_….lora_down.weight` with `….alpha`.
+    Kohya,
+    /// ComfyUI and ai-toolkit: `diffusion_model.….lora_A.weight`, with or
+    /// without `….alpha`.
+    ComfyUi,
+}
+
+impl AdapterFormat {
+    /// Its name, as in a report.
+    pub fn name(self) -> &'static str {
+        match self {
+            AdapterFormat::Peft => "PEFT",
+            AdapterFormat::Diffusers => "diffusers",
+            AdapterFormat::DiffusersOld => "diffusers before PEFT",
+            AdapterFormat::Kohya => "kohya",
+            AdapterFormat::ComfyUi => "ComfyUI",
+        }
+    }
+}
+
+impl fmt::Display for AdapterFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
 
 /// Writes files into a folder, which is made; each appears whole or not at all.
 pub(crate) fn write_files(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<()> {
@@ -23,6 +85,8 @@ pub(crate) fn write_files(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<
 /// What came of loading an adapter.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadReport {
+    /// The layout of the file.
+    pub format: AdapterFormat,
     /// Keys of the file that were loaded.
     pub loaded: Vec<String>,
     /// Keys that the model needs and the file lacks. Loading is strict, so
@@ -34,14 +98,14 @@ pub struct LoadReport {
     /// targets `lm_head` or `embed_tokens`. They are compared with the base,
     /// where that is dense, and never loaded.
     pub base_copies: Vec<String>,
-    /// Keys of `adapter_config.json` that this version doesn't know. They are
+    /// Keys of the configuration that this version doesn't know. They are
     /// kept and written again when the adapter is saved.
     pub unknown_config_keys: Vec<String>,
 }
 
 impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} tensors loaded", self.loaded.len())?;
+        write!(f, "{} tensors loaded ({})", self.loaded.len(), self.format)?;
         let lists = [
             ("missing", &self.missing),
             ("unexpected", &self.unexpected),

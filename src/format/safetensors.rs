@@ -2,8 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::ffi::bytes::{Buffer, TensorBytes, tensor_from_bytes};
+use crate::ffi::mapped::Mapped;
 use safetensors::tensor::{Metadata, TensorInfo};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use tch::{Kind, Tensor};
@@ -23,6 +24,17 @@ impl Layout {
     /// # Errors
     /// [`Error::Config`] for a dtype that safetensors doesn't have.
     pub(crate) fn of(tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
+        Self::with_metadata(tensors, BTreeMap::new())
+    }
+
+    /// The same with more entries in the header's metadata.
+    ///
+    /// # Errors
+    /// Those of [`Layout::of`].
+    pub(crate) fn with_metadata(
+        tensors: &BTreeMap<String, Tensor>,
+        mut metadata: BTreeMap<String, String>,
+    ) -> Result<Self> {
         let mut held = Vec::with_capacity(tensors.len());
         for (name, tensor) in tensors {
             let shape: Vec<usize> = tensor.size().iter().map(|&d| d as usize).collect();
@@ -39,10 +51,16 @@ impl Layout {
             tensors.push(bytes);
         }
         // What PEFT writes, and what `transformers` wants to see.
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        metadata.insert("format".into(), "pt".into());
         let refused = |error: String| Error::config("tensors", "what safetensors can hold", error);
-        let metadata = Metadata::new(Some(metadata), infos).map_err(|error| refused(error.to_string()))?;
-        let mut json = serde_json::to_vec(&metadata).map_err(|error| refused(error.to_string()))?;
+        let header = Metadata::new(Some(metadata.into_iter().collect()), infos);
+        let header = header.map_err(|error| refused(error.to_string()))?;
+        let mut header = serde_json::to_value(&header).map_err(|error| refused(error.to_string()))?;
+        // The library keeps it as a hash map, without an order.
+        if let Some(metadata) = header.get_mut("__metadata__") {
+            metadata.sort_all_objects();
+        }
+        let mut json = serde_json::to_vec(&header).map_err(|error| refused(error.to_string()))?;
         json.resize(json.len().next_multiple_of(8), b' ');
         let mut header = (json.len() as u64).to_le_bytes().to_vec();
         header.append(&mut json);
@@ -64,6 +82,17 @@ pub(crate) fn serialize(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>> {
     Ok(Layout::of(tensors)?.pieces().concat())
 }
 
+/// [`serialize`] with more entries in the header's metadata.
+///
+/// # Errors
+/// Those of [`Layout::of`].
+pub(crate) fn serialize_with(
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: BTreeMap<String, String>,
+) -> Result<Vec<u8>> {
+    Ok(Layout::with_metadata(tensors, metadata)?.pieces().concat())
+}
+
 /// All tensors of a file, on the CPU.
 ///
 /// # Errors
@@ -72,6 +101,18 @@ pub(crate) fn serialize(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>> {
 pub(crate) fn read(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     deserialize(path, &bytes)
+}
+
+/// The names of a file's tensors, sorted; only its header is read.
+///
+/// # Errors
+/// Those of [`read`].
+pub(crate) fn names(path: &Path) -> Result<Vec<String>> {
+    let mapped = Mapped::open(path)?;
+    let (_, header) = SafeTensors::read_metadata(mapped.bytes()).map_err(|error| torn(path, error))?;
+    let mut names: Vec<String> = header.tensors().into_keys().collect();
+    names.sort();
+    Ok(names)
 }
 
 /// [`read`] for bytes in memory; `path` is named in errors.
@@ -87,14 +128,26 @@ pub(crate) fn views(path: &Path, buffer: &Buffer) -> Result<BTreeMap<String, Ten
     tensors(path, bytes, |data, shape, kind| buffer.view(start(data), shape, kind))
 }
 
+/// The entries of the header's metadata.
+///
+/// # Errors
+/// [`Error::Corrupt`].
+pub(crate) fn metadata(path: &Path, bytes: &[u8]) -> Result<HashMap<String, String>> {
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| torn(path, error))?;
+    Ok(header.metadata().clone().unwrap_or_default())
+}
+
+fn torn(path: &Path, error: SafeTensorError) -> Error {
+    Error::corrupt(path, format!("not a whole safetensors file ({error})"))
+}
+
 /// Each tensor of a file as `make` has it, from its bytes, shape and dtype.
 fn tensors(
     path: &Path,
     bytes: &[u8],
     make: impl Fn(&[u8], &[i64], Kind) -> Result<Tensor>,
 ) -> Result<BTreeMap<String, Tensor>> {
-    let file = SafeTensors::deserialize(bytes)
-        .map_err(|error| Error::corrupt(path, format!("not a whole safetensors file ({error})")))?;
+    let file = SafeTensors::deserialize(bytes).map_err(|error| torn(path, error))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.tensors() {
         let kind = kind(view.dtype())

@@ -14,12 +14,15 @@
 use super::layer::{Factored, LoraLayer, OutputChannels};
 use crate::base::Adapter;
 use crate::error::Result;
+use crate::ffi::autograd::{self, Backward};
+use crate::ffi::bytes::{read, write};
+use crate::ffi::compute::add_product;
 use crate::ffi::hook::Operator;
 use crate::ffi::shared::SharedTensor;
 use crate::quant::frozen::frozen;
 use crate::quant::{LinearMap, PackedWeight};
 use std::sync::{Arc, Mutex, PoisonError};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// DoRA over the LoRA of any kind of layer.
 #[derive(Debug)]
@@ -54,12 +57,34 @@ impl Norm {
         let (factors, map) = (inner.factors(), LinearMap::new(weight, inner.transposed()));
         let (a, b, s) = (factors.a().f_flatten(1, -1)?, factors.b().f_flatten(1, -1)?, factors.scaling());
         let base = self.base_squared(weight, &map, a.f_kind()?)?;
-        // 2s·W·Aᵀ + s²·B·A·Aᵀ, (out, r).
-        let gram = a.f_mm(&a.f_tr()?)?.f_mul_scalar_(s * s)?;
-        let inner = map.apply(&a.f_mul_scalar(2.0 * s)?, None)?.f_tr()?.f_addmm(&b, &gram)?;
-        let mut squared = inner.f_mul(&b)?.f_sum_dim_intlist([1i64].as_slice(), false, None)?.f_add_(&base)?;
-        Ok(squared.f_clamp_min_(0.0)?.f_sqrt_()?)
+        // (2s·W·Aᵀ + s²·B·A·Aᵀ)ᵀ, (r, out).
+        let gram = a.f_mm(&a.f_tr()?)?;
+        let mut inner = map.apply(&a, None)?;
+        add_product(&mut inner, &gram, &b.f_tr()?, 2.0 * s, s * s)?;
+        root(&base, &inner, &b)
     }
+}
+
+/// √(base + Σ inner[i, ·] · b[·, i]), the sums over i: base (out), inner
+/// (r, out), b (out, r).
+fn root(base: &Tensor, inner: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let small = [base, inner, b].iter().all(|t| t.kind() == Kind::Float && t.device() == Device::Cpu);
+    if !(small && inner.is_contiguous() && b.is_contiguous()) {
+        let sum = inner.f_mul(&b.f_tr()?)?.f_sum_dim_intlist([0i64].as_slice(), false, None)?;
+        return Ok(sum.f_add(base)?.f_clamp_min_(0.0)?.f_sqrt_()?);
+    }
+    // Five operators on so little would cost more than all products.
+    let (mut norms, r) = (base.f_empty_like()?, b.size2()?.1 as usize);
+    let rows = |norms: &mut [f32], base: &[f32], inner: &[f32], b: &[f32]| {
+        for (at, (norm, row)) in norms.iter_mut().zip(b.chunks_exact(r)).enumerate() {
+            let column = inner.iter().skip(at).step_by(base.len());
+            let sum = base[at] + row.iter().zip(column).map(|(b, inner)| b * inner).sum::<f32>();
+            // NaN stays NaN.
+            *norm = if sum < 0.0 { 0.0 } else { sum.sqrt() };
+        }
+    };
+    read(base, |base| read(inner, |inner| read(b, |b| write(&mut norms, |norms| rows(norms, base, inner, b)))))????;
+    Ok(norms)
 }
 
 impl<L: Factored> Dora<L> {
@@ -77,6 +102,69 @@ impl<L: Factored> Dora<L> {
     /// m / n (out), with the gradient of m.
     fn gain(&self, weight: &Arc<dyn PackedWeight>) -> Result<Tensor> {
         Ok(self.magnitude.get().f_flatten(0, -1)?.f_div(&self.norm.of(&self.inner, weight)?)?)
+    }
+}
+
+/// (m / n) · z + bias as one node: m in the shape that PEFT saves, n and the
+/// bias (out). Taken in the wider of the dtypes, rounded to that of z.
+fn rescale(
+    z: &Tensor,
+    magnitude: &Tensor,
+    norm: &Tensor,
+    bias: Option<&Tensor>,
+    channels: OutputChannels,
+) -> Result<Tensor> {
+    let (dims, kind) = (z.dim(), z.f_kind()?);
+    let (y, gain) = {
+        let _no_grad = tch::no_grad_guard();
+        let gain = channels.broadcast(&magnitude.f_flatten(0, -1)?.f_div(norm)?, dims)?;
+        let y = match bias {
+            None => z.f_mul(&gain)?,
+            Some(bias) => {
+                let wide = gain.f_kind()?;
+                let bias = channels.broadcast(&bias.f_to_kind(wide)?, dims)?;
+                bias.f_addcmul(&z.f_to_kind(wide)?, &gain)?
+            }
+        };
+        (y.f_to_kind(kind)?, gain)
+    };
+    let inputs: Vec<&Tensor> = [z, magnitude].into_iter().chain(bias).collect();
+    if autograd::needs_grad(&inputs) {
+        let others = (0..dims as i64).filter(|dim| *dim != channels.dim(dims)).collect();
+        let bias = bias.map(|bias| bias.f_kind()).transpose()?;
+        let node = Rescaled { others, magnitude: magnitude.size(), bias };
+        autograd::record(&inputs, &[z, &gain, norm], &y, Box::new(node))?;
+    }
+    Ok(y)
+}
+
+struct Rescaled {
+    /// The dimensions that don't count output features.
+    others: Vec<i64>,
+    /// The shape of m.
+    magnitude: Vec<i64>,
+    bias: Option<Kind>,
+}
+
+impl Backward for Rescaled {
+    /// dz = (m / n) · dY, dm = Σ dY·z / n.
+    fn backward(&self, grad: &Tensor, saved: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let [z, gain, norm] = saved else { return Ok(Vec::new()) };
+        let needs = |i: usize| needed.get(i) == Some(&true);
+        let sum = |t: &Tensor, kind: Kind| t.f_sum_dim_intlist(self.others.as_slice(), false, kind);
+        let mut grads = vec![None, None];
+        if needs(0) {
+            grads[0] = Some(grad.f_mul(gain)?.f_to_kind(z.f_kind()?)?);
+        }
+        if needs(1) {
+            let wide = norm.f_kind()?;
+            let mut sums = sum(&grad.f_to_kind(wide)?.f_mul(z)?, wide)?;
+            grads[1] = Some(sums.f_div_(norm)?.f_view(self.magnitude.as_slice())?);
+        }
+        if let Some(kind) = self.bias {
+            grads.push(needs(2).then(|| sum(grad, kind)).transpose()?);
+        }
+        Ok(grads)
     }
 }
 
@@ -116,17 +204,8 @@ impl<L: Factored> Adapter for Dora<L> {
             };
         }
         let sum = self.inner.apply(weight, &operator.without_bias())?;
-        let (kind, gain, channels) = (sum.f_kind()?, self.gain(weight)?, self.inner.output_channels());
-        let gain_kind = gain.f_kind()?;
-        let gain = channels.broadcast(&gain, sum.dim())?;
-        let y = match operator.bias() {
-            None => sum.f_mul(&gain)?,
-            Some(bias) => {
-                let bias = channels.broadcast(&bias.f_to_kind(gain_kind)?, sum.dim())?;
-                bias.f_addcmul(&sum.f_to_kind(gain_kind)?, &gain)?
-            }
-        };
-        Ok(y.f_to_kind(kind)?)
+        let norm = self.norm.of(&self.inner, weight)?;
+        rescale(&sum, &self.magnitude.get(), &norm, operator.bias(), self.inner.output_channels())
     }
 
     /// (m/n) · (W + ΔW) − W, taken in the adapter's dtype.

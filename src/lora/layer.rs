@@ -8,6 +8,7 @@ use super::embedding::LoraEmbedding;
 use super::factors::Factors;
 use super::init::data::LayerData;
 use super::linear::LoraLinear;
+use super::parameter::LoraParameter;
 use super::qalora::QaLora;
 use crate::base::Adapter;
 use crate::error::{Error, Result};
@@ -129,6 +130,14 @@ pub(super) enum OutputChannels {
 }
 
 impl OutputChannels {
+    /// That dimension in a result of `dims` dimensions.
+    pub(super) fn dim(self, dims: usize) -> i64 {
+        match self {
+            OutputChannels::Last => dims as i64 - 1,
+            OutputChannels::Second => 1,
+        }
+    }
+
     /// One value per feature in a shape that multiplies a result of `dims` dimensions.
     pub(super) fn broadcast(self, values: &Tensor, dims: usize) -> Result<Tensor> {
         match self {
@@ -151,6 +160,9 @@ pub(crate) enum LayerForm {
     Embedding,
     /// A weight (out, in / groups, kernel…).
     Conv { groups: i64 },
+    /// A parameter that is targeted by its own name: (out, in), or a stack
+    /// (n, out, in), which is (n, in, out) where `is_transposed`.
+    Parameter { is_transposed: bool },
 }
 
 /// A new adapter, and what its start did to the weight.
@@ -191,7 +203,7 @@ impl LayerSpec {
     /// # Errors
     /// [`Error::Config`] for a combination that makes no sense.
     pub(crate) fn build(&self, weight: &Arc<dyn PackedWeight>, switches: &Arc<Switches>) -> Result<Built> {
-        self.check()?;
+        self.check(weight.as_ref())?;
         let kind = self.kind.unwrap_or(match weight.kind() {
             Kind::Double => Kind::Double,
             _ => Kind::Float,
@@ -201,14 +213,15 @@ impl LayerSpec {
         let weight = residual.as_ref().unwrap_or(weight);
         let factors = Factors::new(start, self, Arc::clone(switches))?;
         let layer = match (self.form, self.qalora) {
-            (_, Some(group_size)) => {
-                Ok(Arc::new(QaLora::new(factors, group_size, weight.as_ref())?) as Arc<dyn LoraLayer>)
-            }
+            (_, Some(group_size)) => Ok(Arc::new(QaLora::new(factors, group_size)) as Arc<dyn LoraLayer>),
             (LayerForm::Linear { fan_in_fan_out }, None) => {
                 self.finish(LoraLinear::new(factors, fan_in_fan_out), weight)
             }
             (LayerForm::Embedding, None) => self.finish(LoraEmbedding::new(factors), weight),
             (LayerForm::Conv { groups }, None) => self.finish(LoraConv::new(factors, groups), weight),
+            (LayerForm::Parameter { is_transposed }, None) => {
+                Ok(Arc::new(LoraParameter::new(factors, weight.sizes(), is_transposed)) as Arc<dyn LoraLayer>)
+            }
         }?;
         Ok(Built { layer, residual })
     }
@@ -218,13 +231,27 @@ impl LayerSpec {
     }
 
     /// Combinations that make no sense.
-    fn check(&self) -> Result<()> {
+    fn check(&self, weight: &dyn PackedWeight) -> Result<()> {
         let embedding = self.form == LayerForm::Embedding;
         if self.lora_bias && (self.use_dora || embedding) {
             return Err(Error::config("lora_bias", "false with use_dora, and on embeddings", true));
         }
         if self.qalora.is_some() && self.form != (LayerForm::Linear { fan_in_fan_out: false }) {
             return Err(Error::config("use_qalora", "weights (out, in) of linear layers", format!("{:?}", self.form)));
+        }
+        if self.qalora.is_some() {
+            super::qalora::check_scheme(weight.scheme())?;
+        }
+        if matches!(self.form, LayerForm::Parameter { .. }) {
+            let meaningless = [
+                // x has no place before A in a sum of weights.
+                ("lora_dropout", self.dropout > 0.0),
+                ("lora_bias", self.lora_bias),
+                ("use_dora", self.use_dora),
+            ];
+            if let Some((field, _)) = meaningless.into_iter().find(|(_, on)| *on) {
+                return Err(Error::config(field, "off with target_parameters", "on"));
+            }
         }
         match self.form {
             LayerForm::Conv { groups } if groups != 1 && self.use_dora => {
@@ -257,6 +284,11 @@ impl LayerSpec {
                 let mut b = vec![*out, r / groups];
                 b.extend(kernel.iter().map(|_| 1));
                 Ok((a, b))
+            }
+            (LayerForm::Parameter { .. }, [out, inn]) => Ok((vec![r, *inn], vec![*out, r])),
+            (LayerForm::Parameter { is_transposed }, [n, rows, columns]) => {
+                let (out, inn) = if is_transposed { (columns, rows) } else { (rows, columns) };
+                Ok((vec![n * r, *inn], vec![*out, r * n]))
             }
             (form, sizes) => Err(Error::Mismatch {
                 name: "weight to adapt".into(),

@@ -1,17 +1,19 @@
 //! The adapted linear: y = x·Wᵀ + bias + s · (drop(x)·Aᵀ·Bᵀ + b), as one node.
 //!
 //! All products run in the dtype of x; A and B, which may be wider, are cast to
-//! it. Saved for the backward pass: x, v = s · drop(x)·Aᵀ, A, B and, with
-//! dropout, the mask as one byte per element. W stays packed.
+//! it. Saved for the backward pass: x, u = drop(x)·Aᵀ, A, B and, with dropout,
+//! the mask as one byte per element. W stays packed.
 
+use super::dropout::{draw_mask, keep};
 use super::factors::Factors;
 use super::layer::{Factored, OutputChannels, foreign};
 use crate::base::Adapter;
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
+use crate::ffi::compute::add_product;
 use crate::ffi::hook::Operator;
 use crate::quant::frozen::frozen;
-use crate::quant::linear::{Like, Rows, bias_gradient, gradient_rows};
+use crate::quant::linear::{Like, Rows, as_matrix, bias_gradient};
 use crate::quant::{LinearMap, PackedWeight};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -41,42 +43,10 @@ impl Adapter for LoraLinear {
     fn apply(&self, weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
         let Operator::Linear { x, bias, transposed } = *operator else { return frozen(weight, operator) };
         self.takes_part(operator)?;
-        let map = LinearMap::new(weight, transposed);
-        let (a, b, b_bias) = (self.factors.a(), self.factors.b(), self.factors.bias());
-        let (scaling, p) = (self.factors.scaling(), self.factors.live_dropout());
-        let rows = Rows::new(map.inn(), x)?;
-        let (y, v, mask) = {
-            let _no_grad = tch::no_grad_guard();
-            let x = &rows.matrix;
-            let kind = x.f_kind()?;
-            let mut y = map.apply(x, bias)?;
-            let mask = if p == 0.0 { None } else { Some(keep_mask(x, p)?) };
-            let dropped = match &mask {
-                None => x.shallow_clone(),
-                Some(mask) => x.f_mul(mask)?,
-            };
-            let v = dropped.f_mm(&a.f_to_kind(kind)?.f_tr()?)?.f_mul_scalar_(scaling / (1.0 - p))?;
-            let _ = y.f_addmm_(&v, &b.f_to_kind(kind)?.f_tr()?)?;
-            if let Some(bias) = &b_bias {
-                let _ = y.f_add_(&bias.f_mul_scalar(scaling)?.f_to_kind(kind)?)?;
-            }
-            (rows.reshape(&y)?, v, mask)
-        };
-        let biases: Vec<&Tensor> = bias.into_iter().chain(&b_bias).collect();
-        let inputs: Vec<&Tensor> = [x, &a, &b].into_iter().chain(biases.iter().copied()).collect();
-        if autograd::needs_grad(&inputs) {
-            let node = LoraNode {
-                map,
-                x: Like::new(x)?,
-                kind: a.f_kind()?,
-                scaling: scaling / (1.0 - p),
-                bias: bias.map(|b| b.f_kind()).transpose()?.map(|kind| (kind, 1.0)),
-                b_bias: b_bias.as_ref().map(|b| b.f_kind()).transpose()?.map(|kind| (kind, scaling)),
-            };
-            let saved: Vec<&Tensor> = [&rows.matrix, &v, &a, &b].into_iter().chain(&mask).collect();
-            autograd::record(&inputs, &saved, &y, Box::new(node))?;
-        }
-        Ok(y)
+        let (a, b, bias_of_b) = (self.factors.a(), self.factors.b(), self.factors.bias());
+        let (scaling, dropout) = (self.factors.scaling(), self.factors.live_dropout());
+        let low_rank = LowRank { a, b, bias: bias_of_b, scaling, dropout };
+        adapted(LinearMap::new(weight, transposed), x, bias, &low_rank)
     }
 
     /// s · B · A, or its transpose where the weight is (in, out).
@@ -119,11 +89,54 @@ impl Factored for LoraLinear {
     }
 }
 
-/// Which elements of x are kept: drawn as `torch.nn.functional.dropout` draws
-/// it on the CPU, so that a seeded step equals PEFT's.
-fn keep_mask(x: &Tensor, p: f64) -> Result<Tensor> {
-    let mut mask = Tensor::f_empty(x.size(), (Kind::Bool, x.device()))?;
-    Ok(mask.f_bernoulli_float_(1.0 - p)?)
+/// What an adapter adds to a linear layer.
+pub(super) struct LowRank {
+    /// (r, in)
+    pub(super) a: Tensor,
+    /// (out, r)
+    pub(super) b: Tensor,
+    /// (out)
+    pub(super) bias: Option<Tensor>,
+    /// The factor s.
+    pub(super) scaling: f64,
+    /// The probability of dropping an input, 0 where dropout is off.
+    pub(super) dropout: f64,
+}
+
+/// The base's product and the adapter's, as one node.
+pub(super) fn adapted(map: LinearMap, x: &Tensor, bias: Option<&Tensor>, low_rank: &LowRank) -> Result<Tensor> {
+    let LowRank { a, b, bias: b_bias, scaling, dropout: p } = low_rank;
+    let (scaling, p) = (*scaling, *p);
+    let rows = Rows::new(map.inn(), x)?;
+    let (y, u, mask) = {
+        let _no_grad = tch::no_grad_guard();
+        let x = &rows.matrix;
+        let kind = x.f_kind()?;
+        let mut y = map.apply(x, bias)?;
+        let mask = if p == 0.0 { None } else { Some(draw_mask(x, p)?) };
+        let dropped = mask.as_ref().map_or(Ok(x.shallow_clone()), |mask| keep(x, mask))?;
+        let u = dropped.f_mm(&a.f_to_kind(kind)?.f_tr()?)?;
+        add_product(&mut y, &u, &b.f_to_kind(kind)?.f_tr()?, 1.0, scaling / (1.0 - p))?;
+        if let Some(bias) = b_bias {
+            let _ = y.f_add_(&bias.f_mul_scalar(scaling)?.f_to_kind(kind)?)?;
+        }
+        (rows.reshape(&y)?, u, mask)
+    };
+    let biases: Vec<&Tensor> = bias.into_iter().chain(b_bias).collect();
+    let inputs: Vec<&Tensor> = [x, a, b].into_iter().chain(biases.iter().copied()).collect();
+    if autograd::needs_grad(&inputs) {
+        let node = LoraNode {
+            map,
+            x: Like::new(x)?,
+            kind: a.f_kind()?,
+            scaling: scaling / (1.0 - p),
+            bias: bias.map(|b| b.f_kind()).transpose()?.map(|kind| (kind, 1.0)),
+            b_bias: b_bias.as_ref().map(|b| b.f_kind()).transpose()?.map(|kind| (kind, scaling)),
+        };
+        let saved: Vec<&Tensor> = [&rows.matrix, &u, a, b].into_iter().chain(&mask).collect();
+        autograd::record(&inputs, &saved, &y, Box::new(node))?;
+    }
+    Ok(y)
 }
 
 struct LoraNode {
@@ -138,35 +151,46 @@ struct LoraNode {
     b_bias: Option<(Kind, f64)>,
 }
 
+impl LoraNode {
+    /// s · a · b.
+    fn scaled(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        let mut product = Tensor::f_empty([a.size2()?.0, b.size2()?.1], (a.f_kind()?, a.device()))?;
+        add_product(&mut product, a, b, 0.0, self.scaling)?;
+        Ok(product)
+    }
+}
+
 impl Backward for LoraNode {
-    /// With w = s · dY·B:
-    /// dB = dYᵀ·v, dA = wᵀ·drop(x), dX = dY·W + drop'(w·A).
+    /// With w = dY·B:
+    /// dB = s · dYᵀ·u, dA = s · wᵀ·drop(x), dX = dY·W + s · drop'(w·A).
     fn backward(&self, grad: &Tensor, saved: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let [x, v, a, b, mask @ ..] = saved else { return Ok(Vec::new()) };
+        let [x, u, a, b, mask @ ..] = saved else { return Ok(Vec::new()) };
         let mask = mask.first();
         let needs = |i: usize| needed.get(i) == Some(&true);
         let kind = x.f_kind()?;
-        let grad = gradient_rows(grad, self.map.out())?.f_to_kind(kind)?;
+        let grad = as_matrix(grad, self.map.out())?.f_to_kind(kind)?;
 
         let mut grads = vec![None, None, None];
         if needs(0) || needs(1) {
-            let w = grad.f_mm(&b.f_to_kind(kind)?)?.f_mul_scalar_(self.scaling)?;
+            let w = grad.f_mm(&b.f_to_kind(kind)?)?;
             if needs(0) {
                 let mut dx = self.map.adjoint(&grad)?;
                 let a = a.f_to_kind(kind)?;
-                let _ = match mask {
-                    None => dx.f_addmm_(&w, &a)?,
-                    Some(mask) => dx.f_add_(&w.f_mm(&a)?.f_mul(mask)?)?,
-                };
+                match mask {
+                    None => add_product(&mut dx, &w, &a, 1.0, self.scaling)?,
+                    Some(mask) => {
+                        let _ = dx.f_add_(&keep(&self.scaled(&w, &a)?, mask)?)?;
+                    }
+                }
                 grads[0] = Some(self.x.shaped(&dx)?);
             }
             if needs(1) {
-                let kept = mask.map_or(Ok(x.shallow_clone()), |mask| x.f_mul(mask))?;
-                grads[1] = Some(w.f_tr()?.f_mm(&kept)?.f_to_kind(self.kind)?);
+                let kept = mask.map_or(Ok(x.shallow_clone()), |mask| keep(x, mask))?;
+                grads[1] = Some(self.scaled(&w.f_tr()?, &kept)?.f_to_kind(self.kind)?);
             }
         }
         if needs(2) {
-            grads[2] = Some(grad.f_tr()?.f_mm(v)?.f_to_kind(self.kind)?);
+            grads[2] = Some(self.scaled(&grad.f_tr()?, u)?.f_to_kind(self.kind)?);
         }
         for (kind, factor) in self.bias.iter().chain(&self.b_bias) {
             let wanted = needs(grads.len());

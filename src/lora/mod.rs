@@ -5,12 +5,14 @@ mod combine;
 mod config;
 mod conv;
 mod dora;
+mod dropout;
 mod embedding;
 mod factors;
 mod init;
 mod layer;
 mod linear;
 mod lycoris;
+mod parameter;
 mod qalora;
 mod replace;
 mod target;
@@ -32,5 +34,5 @@ pub use lycoris::{
     LycorisConfigBuilder,
 };
 pub(crate) use replace::Replacement;
-pub(crate) use target::resolve;
+pub(crate) use target::{resolve, resolve_parameters};
 pub(crate) use tokens::TokenRows;

@@ -25,21 +25,20 @@ pub(super) struct QaLora {
     group_size: i64,
 }
 
-impl QaLora {
-    /// For a weight (out, in).
-    pub(super) fn new(factors: Factors, group_size: i64, weight: &dyn PackedWeight) -> Result<Self> {
-        match weight.scheme() {
-            Some(Scheme::Int4 { .. } | Scheme::Int2 { .. } | Scheme::Gptq { .. }) => {}
-            other => {
-                let found = other.map_or("a dense one".to_string(), |scheme| scheme.to_string());
-                return Err(Error::config(
-                    "use_qalora",
-                    "weights that are quantised in groups: int4, int2, gptq",
-                    found,
-                ));
-            }
+/// Refuses weights that have no groups to be pooled by.
+pub(super) fn check_scheme(scheme: Option<Scheme>) -> Result<()> {
+    match scheme {
+        Some(Scheme::Int4 { .. } | Scheme::Int2 { .. } | Scheme::Gptq { .. }) => Ok(()),
+        other => {
+            let found = other.map_or("true on a dense one".to_string(), |scheme| format!("true on one of {scheme}"));
+            Err(Error::config("use_qalora", "false but on weights in groups: int4, int2, gptq", found))
         }
-        Ok(QaLora { factors, group_size })
+    }
+}
+
+impl QaLora {
+    pub(super) fn new(factors: Factors, group_size: i64) -> Self {
+        QaLora { factors, group_size }
     }
 
     /// What the mean of a group is multiplied by, over the size of the group.

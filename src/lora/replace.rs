@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::ffi::hook::Operator;
 use crate::ffi::shared::SharedTensor;
 use crate::quant::PackedWeight;
-use crate::quant::frozen::{convolve, frozen};
+use crate::quant::frozen::{frozen, on_dense};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use tch::{Kind, Tensor};
@@ -49,17 +49,11 @@ impl Adapter for Replacement {
 
     /// The operator on the copy, by autograd's own formulas.
     fn apply(&self, _: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
-        let value = self.value.get();
-        match *operator {
-            Operator::Linear { x, bias, transposed } => {
-                let weight = if transposed { value.f_tr()? } else { value };
-                Ok(x.f_linear(&weight, bias)?)
-            }
-            Operator::Embedding { indices, form } => {
-                Ok(Tensor::f_embedding(&value, indices, form.padding_idx, form.scale_grad_by_freq, form.sparse)?)
-            }
-            Operator::Convolution { x, bias, form } => convolve(x, &value, bias, form),
-        }
+        on_dense(&self.value.get(), operator)
+    }
+
+    fn follows_stacks(&self) -> bool {
+        true
     }
 
     fn delta(&self, weight: &Arc<dyn PackedWeight>, kind: Kind) -> Result<Tensor> {

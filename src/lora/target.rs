@@ -111,6 +111,15 @@ pub(crate) fn resolve(selection: &Selection, linears: &[&str]) -> Result<Vec<Str
     if !found.is_empty() {
         return Ok(found);
     }
+    // Parameters alone may be targeted, and an empty list says so too.
+    let no_modules = match selection.target_modules {
+        None => true,
+        Some(TargetModules::List(list)) => list.is_empty(),
+        Some(_) => false,
+    };
+    if no_modules && !selection.target_parameters.is_empty() {
+        return Ok(found);
+    }
     let target = matcher.target.as_ref();
     if target.is_some_and(|target| linears.iter().any(|path| target.matches(path))) {
         return Err(Error::config(
@@ -120,6 +129,27 @@ pub(crate) fn resolve(selection: &Selection, linears: &[&str]) -> Result<Vec<Str
         ));
     }
     Err(none(&wanted()))
+}
+
+/// The names among `names` that `target_parameters` means, in their order: an
+/// entry is a parameter's whole name, or its last segments.
+///
+/// # Errors
+/// [`Error::NoTarget`] if an entry matches nothing; [`Error::Config`] for a
+/// parameter at the root, whose module can't be wrapped.
+pub(crate) fn resolve_parameters(selection: &Selection, names: &[&str]) -> Result<Vec<String>> {
+    let entries = selection.target_parameters;
+    for entry in entries {
+        let found: Vec<_> = names.iter().filter(|name| suffix_matches(name, entry)).collect();
+        if found.is_empty() {
+            return Err(Error::NoTarget { target: entry.clone(), near: near(entry, names.iter().copied()) });
+        }
+        if let Some(root) = found.iter().find(|name| !name.contains('.')) {
+            return Err(Error::config("target_parameters", "parameters of a module in the model", root));
+        }
+    }
+    let meant = |name: &&&str| entries.iter().any(|entry| suffix_matches(name, entry));
+    Ok(names.iter().filter(meant).map(|name| name.to_string()).collect())
 }
 
 #[cfg(test)]

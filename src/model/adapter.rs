@@ -1,12 +1,13 @@
 //! One named adapter: the weights that it changes, and its tensors.
 
 use super::NamedParameter;
+use super::targets::{Target, Wrapped, targets};
 use crate::base::{Adapter, Base, Site, WeightRole};
 use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft};
 use crate::lora::{
     self, AdapterConfig, Bias, Built, InitLoraWeights, LayerData, LayerForm, LayerSettings, LayerSpec, LoraConfig,
-    LoraLayer, Replacement, Switches, TargetModules, TokenIndices, TokenRows,
+    LoraLayer, Replacement, Switches, TokenIndices, TokenRows,
 };
 use crate::names;
 use crate::quant::PackedWeight;
@@ -61,7 +62,10 @@ impl From<InitLoraWeights> for Init<'_> {
 /// A and B on one weight.
 #[derive(Debug)]
 pub(super) struct Layer {
+    /// The module's, or the name of a parameter that is adapted as such.
     pub(super) path: String,
+    /// The path in its keys.
+    pub(super) key_path: String,
     pub(super) site: Arc<Site>,
     pub(super) lora: Arc<dyn LoraLayer>,
     /// As the configuration says.
@@ -98,33 +102,27 @@ impl NamedAdapter {
         check_name(name)?;
         config.check_supported()?;
         let init = init.into();
-        // `all-linear` means linear layers; a name may mean any kind.
-        let candidates: Vec<_> = match config.selection().target_modules {
-            Some(TargetModules::AllLinear) => base.weights().linears().collect(),
-            _ => base.weights().layers().collect(),
-        };
-        let paths: Vec<&str> = candidates.iter().map(|(path, _)| *path).collect();
-        let targets = lora::resolve(&config.selection(), &paths)?;
-        let wanted: HashSet<&str> = targets.iter().map(String::as_str).collect();
-        let chosen: Vec<_> = candidates.into_iter().filter(|(path, _)| wanted.contains(path)).collect();
-        let settings = config.layer_settings(chosen.iter().map(|(path, _)| *path));
-
+        let targets = targets(base, &config)?;
+        let names = targets.names();
         let mut taken = HashSet::new();
         let mut residuals = Vec::new();
-        let mut layers: Vec<Layer> = Vec::with_capacity(chosen.len());
-        for ((path, weight), settings) in chosen.into_iter().zip(settings) {
-            let site = weight.site_or_attach()?;
+        let mut layers: Vec<Layer> = Vec::with_capacity(targets.all.len());
+        for target in targets.all {
+            let site = target.weight.site_or_attach()?;
             if !taken.insert(Arc::as_ptr(&site)) {
                 let first = layers.iter().find(|layer| Arc::ptr_eq(&layer.site, &site));
-                let found = format!("{path} and {}, which share one weight", first.map_or("", |layer| &layer.path));
+                let first = first.map_or("", |layer| &layer.path);
+                let found = format!("{} and {first}, which share one weight", target.path);
                 return Err(Error::config("target_modules", "one name of a tied weight", found));
             }
-            let Built { layer, residual } =
-                layer(&config, settings, init, weight.role, path, &site.frozen(), switches)?;
+            let Built { layer, residual } = layer(&config, &target, init, &site.frozen(), switches)?;
+            let Target { path, key_path, settings, .. } = target;
             residuals.extend(residual.map(|residual| (Arc::clone(&site), residual)));
-            layers.push(Layer { path: path.to_string(), site, lora: layer, settings });
+            layers.push(Layer { path, key_path, site, lora: layer, settings });
         }
-        let saved = saved(base, &config, &targets, switches)?;
+        let modules: HashSet<&str> =
+            targets.modules.iter().map(String::as_str).chain(layers.iter().map(|layer| layer.path.as_str())).collect();
+        let saved = saved(base, &config, &modules, &targets.wrapped, switches)?;
         for copy in &saved {
             if !taken.insert(Arc::as_ptr(&copy.site)) {
                 let found = format!("{}, which is tied to another", copy.site.name());
@@ -138,7 +136,7 @@ impl NamedAdapter {
                 return Err(Error::config("trainable_token_indices", expected, &table.path));
             }
         }
-        config.settle(targets);
+        config.settle(&names, targets.modules);
         let name = name.to_string();
         let report = None;
         let (trainable, scale, initial) = (true, 1.0, None);
@@ -156,7 +154,7 @@ impl NamedAdapter {
     pub(super) fn tensors(&self) -> Vec<NamedParameter> {
         let layers = self.layers.iter().flat_map(|layer| {
             let tensors = layer.lora.tensors().into_iter();
-            tensors.map(|(end, tensor)| NamedParameter { name: peft::key(&layer.path, end), tensor })
+            tensors.map(|(end, tensor)| NamedParameter { name: peft::key(&layer.key_path, end), tensor })
         });
         let saved =
             self.saved.iter().map(|saved| NamedParameter { name: saved.key.clone(), tensor: saved.copy.value() });
@@ -239,29 +237,22 @@ fn names_adapter(end: &str) -> bool {
     ["lora_", "hada_", "lokr_"].iter().any(|prefix| end.starts_with(prefix))
 }
 
-/// The adapter of a weight with this role, and what its start leaves of the
-/// weight.
+/// The adapter of a target's weight, and what its start leaves of the weight.
 fn layer(
     config: &AdapterConfig,
-    settings: LayerSettings,
+    target: &Target,
     init: Init,
-    role: WeightRole,
-    path: &str,
     weight: &Arc<dyn PackedWeight>,
     switches: &Arc<Switches>,
 ) -> Result<Built> {
-    let fan_in_fan_out = config.as_lora().is_some_and(LoraConfig::fan_in_fan_out);
-    let form = match role {
-        WeightRole::Embedding => LayerForm::Embedding,
-        WeightRole::Conv { groups } => LayerForm::Conv { groups },
-        // As in PEFT, a module's class decides where it is known.
-        WeightRole::Conv1D => LayerForm::Linear { fan_in_fan_out: true },
-        WeightRole::Linear | WeightRole::Other => LayerForm::Linear { fan_in_fan_out },
-    };
+    let Target { path, form, settings, dropout, .. } = target;
     let layer = match config {
-        AdapterConfig::Lora(config) => return layer_spec(config, settings, init, form, path)?.build(weight, switches),
-        AdapterConfig::Loha(config) => lora::lycoris_layer(config, settings, form, path, weight, switches)?,
-        AdapterConfig::Lokr(config) => lora::lycoris_layer(config, settings, form, path, weight, switches)?,
+        AdapterConfig::Lora(config) => {
+            let spec = LayerSpec { dropout: *dropout, ..layer_spec(config, *settings, init, *form, path)? };
+            return spec.build(weight, switches);
+        }
+        AdapterConfig::Loha(config) => lora::lycoris_layer(config, *settings, *form, path, weight, switches)?,
+        AdapterConfig::Lokr(config) => lora::lycoris_layer(config, *settings, *form, path, weight, switches)?,
     };
     Ok(Built { layer, residual: None })
 }
@@ -327,18 +318,19 @@ fn tokens<M>(base: &Base<M>, config: &LoraConfig, switches: &Arc<Switches>) -> R
     Ok(tokens)
 }
 
-/// Copies of the weights that `modules_to_save` and `bias` mean.
+/// Copies of the weights that `modules_to_save` and `bias` mean; `targets` are
+/// the adapted modules.
 fn saved<M>(
     base: &Base<M>,
     config: &AdapterConfig,
-    targets: &[String],
+    targets: &HashSet<&str>,
+    wrapped: &Wrapped,
     switches: &Arc<Switches>,
 ) -> Result<Vec<Saved>> {
     let (entries, bias) = (config.selection().modules_to_save, config.bias());
     if entries.is_empty() && bias == Bias::None {
         return Ok(Vec::new());
     }
-    let targets: HashSet<&str> = targets.iter().map(String::as_str).collect();
     let module = |name: &str| name.rsplit_once('.').map_or(String::new(), |(module, _)| module.to_string());
     let mut used = HashSet::new();
     let mut saved = Vec::new();
@@ -346,14 +338,17 @@ fn saved<M>(
         let path = module(&weight.name);
         let entry = entries.iter().find(|entry| names::is_within(&path, entry));
         let end = weight.name.rsplit('.').next().unwrap_or_default();
-        let targeted = targets.contains(path.as_str());
+        let (targeted, is_wrapped) = (targets.contains(path.as_str()), wrapped.contains(&path));
         let key = match (entry, bias) {
             (Some(entry), _) => {
                 used.insert(entry);
-                peft::key(&path, end)
+                wrapped.key(&path, end)
             }
-            (None, Bias::All | Bias::LoraOnly) if end == "bias" && targeted => peft::key(&path, "base_layer.bias"),
-            (None, Bias::All) if end == "bias" => peft::key(&path, end),
+            (None, Bias::All | Bias::LoraOnly) if end == "bias" && targeted && !is_wrapped => {
+                wrapped.key(&path, "base_layer.bias")
+            }
+            (None, Bias::LoraOnly) if end == "bias" && is_wrapped => wrapped.key(&path, end),
+            (None, Bias::All) if end == "bias" => wrapped.key(&path, end),
             _ => continue,
         };
         if !weight.tensor.is_floating_point() || end.starts_with("running_") {

@@ -4,7 +4,7 @@ use super::LoraModel;
 use super::adapter::NamedAdapter;
 use crate::error::{Error, Result};
 use crate::format::{peft, safetensors, write_files};
-use crate::lora::{AdapterConfig, InitLoraWeights, LayerPattern};
+use crate::lora::{AdapterConfig, InitLoraWeights, LayerPattern, LoraConfig};
 use std::collections::BTreeMap;
 use std::path::Path;
 use tch::Tensor;
@@ -19,15 +19,15 @@ impl<M> LoraModel<M> {
     /// the adapter's folder as it was saved before training.
     ///
     /// # Errors
-    /// [`Error::Config`] for a name that the model doesn't have, and for DoRA
-    /// and a bias of `lora_B`, of which there is no such sum; [`Error::Keys`]
+    /// [`Error::Config`] for a name that the model doesn't have, and for DoRA,
+    /// a bias of `lora_B` and `target_parameters`, of which there is no such sum; [`Error::Keys`]
     /// and [`Error::Mismatch`] if `initial` is another adapter's;
     /// [`Error::Io`].
     pub fn save_as_lora(&self, name: &str, folder: impl AsRef<Path>, initial: impl AsRef<Path>) -> Result<()> {
         let adapter = self.named(name)?;
+        adapter.convertible()?;
         let path = initial.as_ref().join(peft::WEIGHTS_FILE);
         let initial = safetensors::read(&path)?;
-        adapter.lora_config(CONVERSION)?;
         adapter.check_tensors(&path, &initial)?;
         let (tensors, config) = adapter.as_lora(&initial)?;
         let files = [
@@ -38,25 +38,31 @@ impl<M> LoraModel<M> {
     }
 }
 
-const CONVERSION: &str = "a conversion to LoRA";
-
 /// Whether a key is that of the factor `A` or `B`.
 fn is_factor(key: &str, half: &str) -> bool {
     key.ends_with(&format!(".lora_{half}.weight")) || key.ends_with(&format!(".lora_embedding_{half}"))
 }
 
 impl NamedAdapter {
+    /// Its configuration, if what it learns can be plain LoRA.
+    fn convertible(&self) -> Result<&LoraConfig> {
+        let config = self.lora_config("a conversion to LoRA")?;
+        let stacks = !config.target_parameters().is_empty();
+        let refused = [("use_dora", config.use_dora), ("lora_bias", config.lora_bias), ("target_parameters", stacks)];
+        for (field, on) in refused {
+            if on {
+                return Err(Error::config(field, "none where an adapter is converted", on));
+            }
+        }
+        Ok(config)
+    }
+
     /// What it learnt since it was `initial`, as plain LoRA.
     pub(super) fn as_lora(
         &self,
         initial: &BTreeMap<String, Tensor>,
     ) -> Result<(BTreeMap<String, Tensor>, AdapterConfig)> {
-        let mut config = self.lora_config(CONVERSION)?.clone();
-        for (field, on) in [("use_dora", config.use_dora), ("lora_bias", config.lora_bias)] {
-            if on {
-                return Err(Error::config(field, "false where an adapter is converted", on));
-            }
-        }
+        let mut config = self.convertible()?.clone();
         let mut tensors = BTreeMap::new();
         for parameter in self.tensors() {
             let (key, now) = (parameter.name, parameter.tensor.f_detach()?);

@@ -1,13 +1,13 @@
 //! A first adapter that starts from data.
 
-use super::LoraModel;
 use super::adapter::{DEFAULT, Init, NamedAdapter};
-use crate::base::{Adapter, Base, Site, WeightRole};
+use super::{LoraModel, targets};
+use crate::base::{Adapter, Base, Site};
 use crate::error::{Error, Result};
 use crate::ffi::shared::SharedTensor;
 use crate::lora::{
-    self, Covariance, Eva, InitLoraWeights, LayerData, LayerPattern, LayerSettings, LoraConfig, Observer, Switches,
-    TargetModules,
+    Covariance, Eva, InitLoraWeights, LayerData, LayerForm, LayerPattern, LayerSettings, LoraConfig, Observer,
+    Switches, TargetModules,
 };
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -77,7 +77,7 @@ fn build<M, B>(
 ) -> Result<NamedAdapter> {
     config.check_supported()?;
     let init = config.init_lora_weights;
-    let layers = targets(base, &config)?;
+    let layers = linear_targets(base, &config)?;
     base.weights().freeze()?;
     let observed = Observed::new(layers, init == InitLoraWeights::LoraGa);
     let mut run = |batch: &B| step(base.module(), batch);
@@ -107,24 +107,16 @@ struct Target {
     settings: LayerSettings,
 }
 
-fn targets<M>(base: &Base<M>, config: &LoraConfig) -> Result<Vec<Target>> {
-    let all: Vec<_> = match config.target_modules {
-        Some(TargetModules::AllLinear) => base.weights().linears().collect(),
-        _ => base.weights().layers().collect(),
-    };
-    let paths: Vec<&str> = all.iter().map(|(path, _)| *path).collect();
-    let chosen = lora::resolve(&config.selection(), &paths)?;
-    let settings = config.layer_settings(chosen.iter().map(String::as_str));
-    let mut targets = Vec::new();
-    for (path, settings) in chosen.into_iter().zip(settings) {
-        let Some((_, weight)) = all.iter().find(|(other, _)| *other == path) else { continue };
-        if !matches!(weight.role, WeightRole::Linear | WeightRole::Conv1D) {
+fn linear_targets<M>(base: &Base<M>, config: &LoraConfig) -> Result<Vec<Target>> {
+    let mut linear = Vec::new();
+    for targets::Target { path, weight, form, settings, .. } in targets::targets(base, &config.clone().into())?.all {
+        if !matches!(form, LayerForm::Linear { .. }) {
             let expected = "linear layers for an initialisation from data";
-            return Err(Error::config("target_modules", expected, format!("{path}, {:?}", weight.role)));
+            return Err(Error::config("target_modules", expected, format!("{path}, {form:?}")));
         }
-        targets.push(Target { site: weight.site_or_attach()?, path, settings });
+        linear.push(Target { site: weight.site_or_attach()?, path, settings });
     }
-    Ok(targets)
+    Ok(linear)
 }
 
 /// Layers of which the data is looked at, until this is dropped.

@@ -1,11 +1,13 @@
 //! Adapters to and from PEFT's folders.
 
-use super::adapter::{DEFAULT, NamedAdapter};
+use super::adapter::{DEFAULT, Layer, NamedAdapter};
 use super::{LoraModel, NamedParameter};
 use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::ffi::bytes::copy_all;
-use crate::format::{LoadReport, peft, safetensors, write_files};
+use crate::format::{
+    self, AdapterFile, AdapterFormat, LoadReport, Outgoing, OutgoingLayer, ReadAdapter, peft, safetensors, write_files,
+};
 use crate::lora::{InitLoraWeights, Switches};
 use crate::quant::check_finite;
 use rayon::prelude::*;
@@ -16,16 +18,21 @@ use std::sync::atomic::Ordering;
 use tch::{Kind, Tensor};
 
 impl<M> LoraModel<M> {
-    /// Loads an adapter, written here or by HF PEFT, for inference: nothing is
-    /// trainable, and the mode is evaluation. It is called `default`.
+    /// Loads an adapter for inference: nothing is trainable, and the mode is
+    /// evaluation. It is called `default`.
+    ///
+    /// It is a folder written here or by HF PEFT, or a file of any
+    /// [`AdapterFormat`]; [`AdapterFile`] says which part of a pipeline is
+    /// meant, and what its modules are called.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Corrupt`], [`Error::Unsupported`] for features
     /// that we don't have, [`Error::Keys`] unless the file's keys are the
-    /// model's, [`Error::Mismatch`] for a shape, [`Error::NotFinite`]; and
-    /// those of [`LoraModel::wrap`].
-    pub fn from_pretrained(base: impl Into<Base<M>>, folder: impl AsRef<Path>) -> Result<Self> {
-        let mut model = Self::init_lora(base, folder)?;
+    /// model's, [`Error::Mismatch`] for a shape, [`Error::NotFinite`],
+    /// [`Error::Config`] for a component that must be chosen; and those of
+    /// [`LoraModel::wrap`].
+    pub fn from_pretrained(base: impl Into<Base<M>>, file: impl Into<AdapterFile>) -> Result<Self> {
+        let mut model = Self::init_lora(base, file)?;
         model.set_requires_grad(DEFAULT, false)?;
         model.switches.training.store(false, Ordering::Relaxed);
         Ok(model)
@@ -33,17 +40,21 @@ impl<M> LoraModel<M> {
 
     /// Warm start: a new training run from an adapter alone.
     ///
-    /// Only the adapter and its configuration are taken. Optimizer, schedule,
+    /// Only the adapter and its configuration are taken, from a folder of PEFT
+    /// (a Hugging Face `Trainer`'s checkpoint is one), of diffusers (a
+    /// SimpleTuner checkpoint is one), or a file of any [`AdapterFormat`],
+    /// whatever the base is quantised to. Optimizer, schedule,
     /// data order and random numbers start anew; to go on with a run, use
     /// [`Run::resume_or_start`](crate::Run::resume_or_start).
     ///
     /// # Errors
     /// As [`LoraModel::from_pretrained`].
-    pub fn init_lora(base: impl Into<Base<M>>, folder: impl AsRef<Path>) -> Result<Self> {
-        Self::start(base.into(), |base, switches| read(DEFAULT, base, folder.as_ref(), switches))
+    pub fn init_lora(base: impl Into<Base<M>>, file: impl Into<AdapterFile>) -> Result<Self> {
+        let file = file.into();
+        Self::start(base.into(), |base, switches| read(DEFAULT, base, &file, switches))
     }
 
-    /// Adds an adapter from a folder, written here or by HF PEFT, for
+    /// Adds an adapter from a folder or file of any [`AdapterFormat`], for
     /// inference: it never requires gradients, unless
     /// [`LoraModel::set_requires_grad`] says so. It takes no part until
     /// [`LoraModel::set_adapter`] names it.
@@ -51,16 +62,16 @@ impl<M> LoraModel<M> {
     /// # Errors
     /// [`Error::Config`] for a name that is taken or can't name a folder; those
     /// of [`LoraModel::from_pretrained`]. Nothing is changed then.
-    pub fn load_adapter(&mut self, folder: impl AsRef<Path>, name: &str) -> Result<LoadReport> {
+    pub fn load_adapter(&mut self, file: impl Into<AdapterFile>, name: &str) -> Result<LoadReport> {
         self.refuse_taken(name)?;
-        let mut adapter = read(name, &self.base, folder.as_ref(), &self.switches)?;
+        let mut adapter = read(name, &self.base, &file.into(), &self.switches)?;
         adapter.trainable = false;
         let report = adapter.report.clone().unwrap_or_default();
         self.push(adapter)?;
         Ok(report)
     }
 
-    /// Puts an adapter from a folder in the place of another one, under its
+    /// Puts an adapter from a folder or file in the place of another one, under its
     /// name and as active as that was. The new one may have other targets,
     /// ranks and scales; it is for inference, as in
     /// [`LoraModel::load_adapter`]. Its scale is what its configuration says.
@@ -69,10 +80,10 @@ impl<M> LoraModel<M> {
     /// [`Error::Config`] for a name that the model doesn't have, while adapters
     /// are merged, and if it can't be summed with the other active adapters;
     /// those of [`LoraModel::from_pretrained`]. Nothing is changed then.
-    pub fn hotswap_adapter(&mut self, folder: impl AsRef<Path>, name: &str) -> Result<LoadReport> {
+    pub fn hotswap_adapter(&mut self, file: impl Into<AdapterFile>, name: &str) -> Result<LoadReport> {
         self.named(name)?;
         self.refuse_merged("hotswap_adapter")?;
-        let mut new = read(name, &self.base, folder.as_ref(), &self.switches)?;
+        let mut new = read(name, &self.base, &file.into(), &self.switches)?;
         new.trainable = false;
         let report = new.report.clone().unwrap_or_default();
         self.swap(name, new)?;
@@ -138,6 +149,44 @@ impl<M> LoraModel<M> {
         write_files(folder.as_ref(), &self.named(name)?.files(dtype)?)
     }
 
+    /// Writes one adapter in another program's layout: into the file, if the
+    /// path ends in `.safetensors`, else into the folder.
+    ///
+    /// The scale stays exact. Where the layout keeps no alpha it is multiplied
+    /// into B, in f32; docs/formats.md says how each does it.
+    ///
+    /// ```no_run
+    /// # fn run(model: tch_peft::LoraModel<tch::nn::Linear>) -> tch_peft::Result<()> {
+    /// use tch_peft::{AdapterFile, AdapterFormat};
+    /// let file = AdapterFile::new("out").component("transformer");
+    /// model.save_as("default", AdapterFormat::Diffusers, file)?;
+    /// model.save_as("default", AdapterFormat::ComfyUi, "comfy.safetensors")?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a name that the model doesn't have, a missing
+    /// component, a key mapping that can't be turned back, and modules whose
+    /// names would mean others too; [`Error::Unsupported`] for what the layout
+    /// can't hold; [`Error::Io`].
+    pub fn save_as(&self, name: &str, format: AdapterFormat, file: impl Into<AdapterFile>) -> Result<()> {
+        let adapter = self.named(name)?;
+        let tensors = |layer: &Layer| -> Result<Vec<_>> {
+            layer.lora.tensors().into_iter().map(|(end, tensor)| Ok((end, tensor.f_detach()?))).collect()
+        };
+        let layers = adapter
+            .layers
+            .iter()
+            .map(|layer| Ok(OutgoingLayer { path: &layer.path, settings: layer.settings, tensors: tensors(layer)? }));
+        let adapter = Outgoing {
+            config: adapter.lora_config("another program's layout")?,
+            layers: layers.collect::<Result<_>>()?,
+            base: self.base.weights().layers().map(|(path, _)| path).collect(),
+        };
+        format::write(&file.into(), format, &adapter)
+    }
+
     /// The model's one adapter as it goes to disk: its own tensors by their
     /// keys, and `adapter_config.json`.
     pub(crate) fn adapter_contents(&self) -> Result<(BTreeMap<String, Tensor>, Vec<u8>)> {
@@ -175,12 +224,11 @@ impl NamedAdapter {
     }
 }
 
-/// The adapter in a folder, beside the base.
-fn read<M>(name: &str, base: &Base<M>, folder: &Path, switches: &Arc<Switches>) -> Result<NamedAdapter> {
-    let peft::ReadConfig { config, unknown } = peft::read_config(folder)?;
+/// The adapter in a file or folder, beside the base.
+fn read<M>(name: &str, base: &Base<M>, file: &AdapterFile, switches: &Arc<Switches>) -> Result<NamedAdapter> {
+    let layers: Vec<&str> = base.weights().layers().map(|(path, _)| path).collect();
+    let ReadAdapter { path, format, config, unknown, mut tensors, names } = format::read(file, &layers)?;
     config.check_supported()?;
-    let path = folder.join(peft::WEIGHTS_FILE);
-    let mut tensors = safetensors::read(&path)?;
     let base_copies = take_base_copies(base, &mut tensors)?;
     // The values are loaded over the initial ones: any will do, and PEFT's
     // `false` alone would cost a second draw. But what an initialisation took
@@ -189,13 +237,15 @@ fn read<M>(name: &str, base: &Base<M>, folder: &Path, switches: &Arc<Switches>) 
     let mut adapter = NamedAdapter::build(name, base, config, init, switches)?;
     let parameters = adapter.tensors();
     check_tensors(&parameters, &path, &tensors)?;
-    let loaded = tensors.keys().cloned().collect();
+    let loaded = tensors.keys().map(|key| names.get(key).unwrap_or(key).clone()).collect();
     fill(&parameters, tensors)?;
     if !unknown.is_empty() {
         let keys = unknown.join(", ");
-        tracing::warn!(folder = %folder.display(), keys, "adapter_config.json has keys that this version doesn't know; they are kept");
+        tracing::warn!(file = %path.display(), keys, "the adapter's configuration has keys that this version doesn't know; they are kept");
     }
-    adapter.report = Some(LoadReport { loaded, base_copies, unknown_config_keys: unknown, ..LoadReport::default() });
+    let mut report = LoadReport { format, loaded, base_copies, unknown_config_keys: unknown, ..LoadReport::default() };
+    report.loaded.sort();
+    adapter.report = Some(report);
     Ok(adapter)
 }
 

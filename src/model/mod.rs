@@ -10,6 +10,7 @@ mod merge;
 mod mixed;
 mod status;
 mod summary;
+mod targets;
 mod weighted;
 
 pub use forward::ForwardModule;
@@ -149,7 +150,8 @@ impl<M> LoraModel<M> {
         &self.first.config
     }
 
-    /// The paths of the adapted layers of the first adapter, sorted.
+    /// The paths of the adapted layers of the first adapter, sorted; then the
+    /// names of the parameters that are adapted as such.
     pub fn layers(&self) -> Vec<&str> {
         self.first.layers.iter().map(|layer| layer.path.as_str()).collect()
     }

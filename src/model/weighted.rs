@@ -22,7 +22,8 @@ impl<M> LoraModel<M> {
     /// have, for another number of weights than of names, for values out of
     /// range, for ranks that the combination can't bring together, for grouped
     /// convolutions, and for adapters with DoRA, a bias of `lora_B`,
-    /// `modules_to_save`, trained biases or token rows, which have no such sum.
+    /// `modules_to_save`, trained biases, token rows or `target_parameters`,
+    /// which have no such sum.
     pub fn add_weighted_adapter(
         &mut self,
         adapters: &[(&str, f64)],
@@ -98,6 +99,8 @@ fn check_source(adapter: &NamedAdapter) -> Result<()> {
         "bias"
     } else if !adapter.saved.is_empty() {
         "modules_to_save"
+    } else if !config.target_parameters().is_empty() {
+        "target_parameters"
     } else if !adapter.tokens.is_empty() {
         "trainable_token_indices"
     } else {

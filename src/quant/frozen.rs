@@ -1,7 +1,7 @@
 //! What a frozen weight answers to the operators that consume weights.
 
 use super::linear::{Like, frozen_linear};
-use super::{LinearMap, PackedWeight};
+use super::{Dense, LinearMap, PackedWeight};
 use crate::error::Result;
 use crate::ffi::autograd::{self, Backward};
 use crate::ffi::hook::{ConvolutionForm, Operator};
@@ -13,9 +13,45 @@ use tch::{Kind, Tensor};
 pub(crate) fn frozen(weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
     match *operator {
         Operator::Linear { x, bias, transposed } => frozen_linear(&LinearMap::new(weight, transposed), x, bias),
+        Operator::Matrix { x, bias, index, transposed } => {
+            frozen_linear(&LinearMap::new(&matrix(weight, index)?, transposed), x, bias)
+        }
+        Operator::Stack { .. } => on_dense(&unpacked(weight.as_ref(), weight.kind())?, operator),
         Operator::Embedding { indices, .. } => rows(weight.as_ref(), indices),
         Operator::Convolution { x, bias, form } => convolution(weight, x, bias, form),
     }
+}
+
+/// The operator with a dense weight, by autograd's own formulas.
+pub(crate) fn on_dense(weight: &Tensor, operator: &Operator) -> Result<Tensor> {
+    let linear = |x: &Tensor, weight: Tensor, bias: Option<&Tensor>, transposed: bool| -> Result<Tensor> {
+        let weight = if transposed { weight.f_tr()? } else { weight };
+        Ok(x.f_linear(&weight, bias)?)
+    };
+    match *operator {
+        Operator::Linear { x, bias, transposed } => linear(x, weight.shallow_clone(), bias, transposed),
+        Operator::Matrix { x, bias, index, transposed } => linear(x, weight.f_select(0, index)?, bias, transposed),
+        Operator::Stack { x, transposed: true } => Ok(x.f_bmm(weight)?),
+        Operator::Stack { x, transposed: false } => Ok(x.f_bmm(&weight.f_transpose(1, 2)?)?),
+        Operator::Embedding { indices, form } => {
+            Ok(Tensor::f_embedding(weight, indices, form.padding_idx, form.scale_grad_by_freq, form.sparse)?)
+        }
+        Operator::Convolution { x, bias, form } => convolve(x, weight, bias, form),
+    }
+}
+
+/// One matrix of a stack (n, rows, columns): of a packed one, only that is
+/// unpacked.
+pub(crate) fn matrix(stack: &Arc<dyn PackedWeight>, index: i64) -> Result<Arc<dyn PackedWeight>> {
+    let one = match stack.as_dense() {
+        Some(dense) => dense.f_select(0, index)?,
+        None => {
+            let mut row = Tensor::f_empty([1, stack.shape()[1]], (stack.kind(), stack.device()))?;
+            stack.unpack_rows(index, &mut row)?;
+            row.f_view(stack.sizes().get(1..).unwrap_or_default())?
+        }
+    };
+    Ok(Arc::new(Dense::new(one)?))
 }
 
 /// The rows at `indices`, in the weight's dtype: only these are unpacked.

@@ -117,12 +117,15 @@ impl Rows {
                 found: format!("{shape:?}"),
             });
         }
-        let matrix = x.f_detach()?.f_reshape([-1, inn])?.f_to_kind(kind)?;
-        Ok(Rows { matrix, shape })
+        let _no_grad = tch::no_grad_guard();
+        Ok(Rows { matrix: as_matrix(x, inn)?.f_to_kind(kind)?, shape })
     }
 
     /// A result (n, features) as (…, features).
     pub(crate) fn reshape(&self, y: &Tensor) -> Result<Tensor> {
+        if self.shape.len() == 2 {
+            return Ok(y.shallow_clone());
+        }
         let mut shape = self.shape.clone();
         if let (Some(last), Some(features)) = (shape.last_mut(), y.size().last()) {
             *last = *features;
@@ -131,9 +134,10 @@ impl Rows {
     }
 }
 
-/// dY (…, out) as (n, out).
-pub(crate) fn gradient_rows(grad: &Tensor, out: i64) -> Result<Tensor> {
-    Ok(grad.f_reshape([-1, out])?)
+/// A tensor (…, features) as (n, features).
+pub(crate) fn as_matrix(x: &Tensor, features: i64) -> Result<Tensor> {
+    // Even a view that changes nothing costs as much as a small product.
+    if x.dim() == 2 { Ok(x.shallow_clone()) } else { Ok(x.f_reshape([-1, features])?) }
 }
 
 /// `linear` with a frozen weight: gradients reach x and the bias.
@@ -170,7 +174,8 @@ impl Like {
 
     /// The gradient in that shape and dtype.
     pub(crate) fn shaped(&self, grad: &Tensor) -> Result<Tensor> {
-        Ok(grad.f_view(self.shape.as_slice())?.f_to_kind(self.kind)?)
+        let grad = grad.f_to_kind(self.kind)?;
+        if grad.dim() == self.shape.len() { Ok(grad) } else { Ok(grad.f_view(self.shape.as_slice())?) }
     }
 }
 
@@ -187,7 +192,7 @@ struct FrozenLinear {
 
 impl Backward for FrozenLinear {
     fn backward(&self, grad: &Tensor, _: &[Tensor], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let grad = gradient_rows(grad, self.map.out())?;
+        let grad = as_matrix(grad, self.map.out())?;
         let mut grads = Vec::with_capacity(needed.len());
         let dx = if needed.first() == Some(&true) { Some(self.x.shaped(&self.map.adjoint(&grad)?)?) } else { None };
         grads.push(dx);

@@ -1,34 +1,36 @@
-//! Follows what tests/python/layers_reference.py recorded of PEFT, step by step.
+//! Following PEFT's record of a case of tests/python/layers_reference.py.
 
-use super::{assert_close, read};
+use super::{assert_close, assert_same, read};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
-use tch_peft::{Base, LoraModel, QuantConfig, TorchScript, WeightRole};
+use tch_peft::{Base, LoraModel, MergeOptions, QuantConfig, TorchScript, WeightRole};
 
 const STEPS: usize = 3;
 /// As in layers_reference.py.
 const LR: f64 = 0.05;
 
-/// Follows the cases in the folder whose names start with `prefix`.
-pub fn follow(dir: &Path, prefix: &str) {
-    let cases: Vec<Value> = serde_json::from_slice(&std::fs::read(dir.join("cases.json")).unwrap()).unwrap();
-    let mut followed = 0;
-    for case in cases.iter().filter(|case| case["name"].as_str().unwrap().starts_with(prefix)) {
-        follow_one(dir, case);
-        followed += 1;
-    }
-    assert!(followed >= 4, "{followed} cases of {prefix}");
-    println!("{prefix}: {followed} cases");
+/// The cases whose names start with one of the prefixes, in an empty folder of this name.
+pub fn make(folder: &str, prefixes: &[&str]) -> Option<PathBuf> {
+    super::python()?;
+    let dir = super::fresh_dir(folder);
+    let args: Vec<_> =
+        ["make".as_ref(), dir.as_os_str()].into_iter().chain(prefixes.iter().map(|p| p.as_ref())).collect();
+    super::peer("layers_reference.py", &args);
+    Some(dir)
 }
 
 pub fn base(folder: &Path, case: &Value) -> Base<TorchScript> {
     let base = Base::torchscript(folder.join("model.pt")).unwrap();
-    // A trace doesn't keep the number of groups.
+    // A trace doesn't keep the number of groups, nor a module's attributes.
     let base = match case["groups"].as_i64().unwrap() {
         1 => base,
         groups => base.declare("conv", WeightRole::Conv { groups }),
+    };
+    let base = match case["is_transposed"].as_bool().unwrap() {
+        true => base.declare("experts", WeightRole::Experts { is_transposed: true }),
+        false => base,
     };
     match case["base"].as_str().unwrap() {
         "int8" => base.quantize(&QuantConfig::int8().build().unwrap()).unwrap(),
@@ -37,7 +39,21 @@ pub fn base(folder: &Path, case: &Value) -> Base<TorchScript> {
     }
 }
 
-/// From PEFT's first adapter on, and then from its trained one and from ours.
+pub fn cases(dir: &Path) -> Vec<Value> {
+    serde_json::from_slice(&std::fs::read(dir.join("cases.json")).unwrap()).unwrap()
+}
+
+/// Follows PEFT's record of the cases that start with `prefix`.
+pub fn follow(dir: &Path, prefix: &str) {
+    let mut followed = 0;
+    for case in cases(dir).iter().filter(|case| case["name"].as_str().unwrap().starts_with(prefix)) {
+        follow_one(dir, case);
+        followed += 1;
+    }
+    assert!(followed >= 4, "{followed} cases of {prefix}");
+    println!("{prefix}: {followed} cases");
+}
+
 fn follow_one(dir: &Path, case: &Value) {
     let name = case["name"].as_str().unwrap();
     let tolerance = if case["dtype"] == "bfloat16" { 2e-2 } else { 1e-5 };
@@ -53,9 +69,32 @@ fn follow_one(dir: &Path, case: &Value) {
     close_again(LoraModel::from_pretrained(base(&folder, case), folder.join("trained")).unwrap());
     model.save_pretrained(folder.join("ours")).unwrap();
     close_again(LoraModel::from_pretrained(base(&folder, case), folder.join("ours")).unwrap());
+    if let Some(merged) = record.get("merged") {
+        merge(name, model, &record["0.x"], merged, tolerance);
+    }
 }
 
-/// The recorded steps: outputs, gradients of the input and of every adapter tensor.
+/// Merging answers as PEFT does, and unmerging brings back every bit.
+fn merge(name: &str, mut model: LoraModel<TorchScript>, x: &Tensor, expected: &Tensor, tolerance: f64) {
+    model.eval().unwrap();
+    let _no_grad = tch::no_grad_guard();
+    let before = model.forward(x).unwrap();
+    let print = model.base().fingerprint().unwrap();
+    let report = model.merge_adapter(&MergeOptions::new()).unwrap();
+    assert!(report.worst().unwrap().error < 1e-1, "{name}: {report}");
+    assert_close(&format!("{name}: merged"), &model.forward(x).unwrap(), expected, tolerance);
+    model.unmerge_adapter().unwrap();
+    assert_eq!(model.base().fingerprint().unwrap(), print, "{name}");
+    assert_same(&format!("{name}: unmerged"), &model.forward(x).unwrap(), &before);
+    let (base, _) = model.merge_and_unload(&MergeOptions::new()).unwrap();
+    assert_close(&format!("{name}: unloaded"), &base.module().forward(x).unwrap(), expected, tolerance);
+}
+
+/// PEFT loads what `follow` has saved, and answers the same.
+pub fn check(dir: &Path) {
+    super::peer("layers_reference.py", &["check".as_ref(), dir.as_os_str()]);
+}
+
 pub fn follow_steps(name: &str, model: &mut LoraModel<TorchScript>, record: &BTreeMap<String, Tensor>, tolerance: f64) {
     for step in 0..STEPS {
         let at = |what: &str| &record[&format!("{step}.{what}")];
@@ -82,10 +121,8 @@ pub fn follow_steps(name: &str, model: &mut LoraModel<TorchScript>, record: &BTr
         let _no_grad = tch::no_grad_guard();
         for p in parameters {
             // A dropped layer leaves none.
-            let mut grad = p.tensor.grad();
-            if !grad.defined() {
-                grad = p.tensor.zeros_like();
-            }
+            let grad = p.tensor.grad();
+            let mut grad = if grad.defined() { grad } else { p.tensor.zeros_like() };
             close(&format!("grad.{}", p.name), &grad);
             let mut value = p.tensor.shallow_clone();
             value -= &grad * LR;

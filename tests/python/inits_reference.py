@@ -44,7 +44,7 @@ EVA = LORA | dict(init_lora_weights="eva")
 CORDA = LORA | dict(init_lora_weights="corda")
 GA = LORA | dict(init_lora_weights="lora_ga")
 CASES = {
-    "eva": EVA | dict(eva_config=EvaConfig()),
+    "eva": EVA | dict(eva_config=EvaConfig(), rank_pattern={"up": 6}),
     "eva_whiten": EVA | dict(eva_config=EvaConfig(rho=1.5, whiten=True, adjust_scaling_factors=False)),
     "corda_ipm": CORDA | dict(corda_config=CordaConfig()),
     "corda_kpm": CORDA | dict(corda_config=CordaConfig(corda_method="kpm")),
@@ -136,7 +136,8 @@ def check_qalora(rust: dict[str, torch.Tensor]) -> None:
     x = rust["x"].clone().requires_grad_()
     y = model(x)
     (y * y).mean().backward()
-    for name, theirs in {"y": y, "grad.x": x.grad} | {f"grad.{n}": p.grad for n, p in factors.items()}.items():
+    found = {"y": y, "grad.x": x.grad, **{f"grad.{name}": p.grad for name, p in factors.items()}}
+    for name, theirs in found.items():
         error = (rust[name] - theirs).norm() / theirs.norm()
         assert error < 1e-5, f"{name}: {error}"
 

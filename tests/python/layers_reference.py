@@ -1,10 +1,12 @@
-"""PEFT's side of layers.rs: every kind of layer that a weight may belong to.
+"""PEFT's side of layers.rs, parameters.rs and attention.rs: every kind of layer that a weight may belong to.
 
-layers_reference.py DIR    writes, for each case,
+layers_reference.py make DIR PREFIX…    writes, for each case whose name starts so,
     DIR/<case>/model.pt              the base as a TorchScript module
     DIR/<case>/adapter/              the adapter to start from, all of its tensors random
     DIR/<case>/record.safetensors    outputs, gradients and values over a few steps
 and DIR/cases.json, which lists the cases.
+
+layers_reference.py check DIR    loads DIR/<case>/ours, written by the test, and compares outputs.
 
 Where PEFT is known to be wrong, its module is repaired to follow the formula; see `repair`.
 """
@@ -19,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from mirror import adapters, snapshot
 from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import MultiheadAttention
 from quant_reference import dequantize_4bit, quantize_4bit
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -74,6 +77,102 @@ class Gpt(nn.Module):
         return self.c_proj(torch.tanh(self.c_fc(x)))
 
 
+class Experts(nn.Module):
+    """Parameters of three dimensions, used as the name says; every token goes to every expert, by weight."""
+
+    def __init__(self, form: str):
+        super().__init__()
+        self.form = form
+        self.is_transposed = form in ("bmm", "matmul", "transposed")
+        up, down = (16, 64), (64, 8)
+        if self.is_transposed:
+            up, down = up[::-1], down[::-1]
+        self.gate_up = nn.Parameter(torch.randn(3, *up) * 0.2)
+        self.bias = nn.Parameter(torch.randn(3, 16) * 0.1)
+        self.down = nn.Parameter(torch.randn(3, *down) * 0.2)
+        self.router = nn.Linear(64, 3)
+
+    def forward(self, x):
+        shares = self.router(x).softmax(-1)
+        rows = x.flatten(0, 1)
+
+        def mix(hidden, out):
+            gate, up = hidden.chunk(2, -1)
+            return out(torch.tanh(gate) * up)
+
+        if self.form == "bmm":
+            hidden = torch.bmm(rows.expand(3, -1, -1), self.gate_up) + self.bias[:, None]
+            y = mix(hidden, lambda h: torch.bmm(h, self.down))
+        elif self.form == "matmul":
+            hidden = torch.matmul(rows.expand(3, -1, -1), self.gate_up)
+            y = mix(hidden, lambda h: h @ self.down)
+        elif self.form == "bmm of transposes":
+            hidden = torch.bmm(rows.expand(3, -1, -1), self.gate_up.transpose(1, 2))
+            y = mix(hidden, lambda h: torch.bmm(h, self.down.mT))
+        elif self.form == "einsum":
+            hidden = torch.einsum("ni,eoi->eno", rows, self.gate_up)
+            y = mix(hidden, lambda h: torch.einsum("eni,eoi->eno", h, self.down))
+        elif self.form == "index":
+            chosen = torch.tensor([2, 0, 1, 2])
+            hidden = torch.bmm(rows.expand(4, -1, -1), self.gate_up.index_select(0, chosen).transpose(1, 2))
+            y = mix(hidden, lambda h: torch.bmm(h, self.down[chosen].transpose(1, 2)))[1:].roll(1, 0)
+        elif self.form == "transposed":
+            y = torch.stack([mix(rows @ self.gate_up[e], lambda h: h.matmul(self.down[e])) for e in range(3)])
+        else:
+            y = torch.stack([
+                mix(F.linear(rows, self.gate_up[e], self.bias[e]), lambda h: F.linear(h, self.down[e]))
+                for e in range(3)
+            ])  # fmt: skip
+        return torch.einsum("eno,ne->no", y, shares.flatten(0, 1)).view(*x.shape[:-1], -1)
+
+
+class Moe(nn.Module):
+    def __init__(self, form: str):
+        super().__init__()
+        self.up = nn.Linear(64, 64)
+        self.experts = Experts(form)
+
+    def forward(self, x):
+        return self.experts(torch.tanh(self.up(x)))
+
+
+class Pair(nn.Module):
+    """Parameters of two dimensions, used each way."""
+
+    def __init__(self):
+        super().__init__()
+        self.turned = nn.Parameter(torch.randn(48, 24) * 0.2)
+        self.plain = nn.Parameter(torch.randn(8, 24) * 0.2)
+
+    def forward(self, x):
+        return F.linear(x @ self.turned, self.plain)
+
+
+class Matrices(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(64, 48)
+        self.inner = Pair()
+
+    def forward(self, x):
+        return self.inner(torch.tanh(self.up(x)))
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of as many tensors as `inputs` says."""
+
+    def __init__(self, inputs: int, need_weights: bool = False, **settings):
+        super().__init__()
+        self.inputs, self.need_weights = inputs, need_weights
+        self.mha = nn.MultiheadAttention(64, 4, batch_first=True, **settings)
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x):
+        keys = x if self.inputs == 1 else x.flip(1)
+        values = x.roll(1, 1) if self.inputs == 3 else keys
+        return self.head(self.mha(x, keys, values, need_weights=self.need_weights)[0])
+
+
 def image(dims: int):
     return lambda: torch.randn(2, 4, *(9, 8, 7)[:dims])
 
@@ -90,7 +189,7 @@ CONV = dict(target_modules=["conv"], r=4, lora_alpha=8)
 WORDS = dict(target_modules=["embed"], r=4, lora_alpha=8)
 LINEAR = dict(target_modules=["up"], r=4, lora_alpha=8)
 
-# name: (module, inputs, the fields of LoraConfig or of another `kind`, groups of a convolution)
+# name: (module, inputs, LoraConfig, groups of a convolution)
 CASES = {
     "conv1d": (lambda: Convs(1), image(1), CONV, 1),
     "conv1d_stride": (lambda: Convs(1, stride=2, padding=1), image(1), CONV, 1),
@@ -123,6 +222,49 @@ for name in ["linear", "linear_dropout", "linear_no_bias", "gpt", "embedding", "
     module, inputs, settings, groups = CASES[name]
     CASES[f"dora_{name}"] = (module, inputs, settings | dict(use_dora=True), groups)
 
+STACKS = dict(target_modules=[], target_parameters=["gate_up", "experts.down"], r=4, lora_alpha=8)
+for form in ["linear", "transposed", "bmm", "bmm of transposes", "matmul", "einsum", "index"]:
+    CASES[f"parameter_{form.replace(' ', '_')}"] = (lambda form=form: Moe(form), features, STACKS, 1)
+CASES |= {
+    "parameter_and_modules": (
+        lambda: Moe("linear"),
+        features,
+        STACKS | dict(target_modules=["up", "router"], rank_pattern={"experts.down": 3, "router": 2}, bias="all"),
+        1,
+    ),
+    "parameter_lora_only": (
+        lambda: Moe("bmm"), features, STACKS | dict(target_parameters=["gate_up", "up.weight"], bias="lora_only"), 1,
+    ),
+    "parameter_random_rslora": (
+        lambda: Moe("linear"), features, STACKS | dict(init_lora_weights=False, use_rslora=True), 1,
+    ),
+    "parameter_2d": (
+        lambda: Matrices(),
+        features,
+        dict(target_parameters=["inner.turned", "inner.plain", "up.weight"], r=4, lora_alpha=8),
+        1,
+    ),
+}  # fmt: skip
+ATTENTION = dict(target_modules=["mha"], r=4, lora_alpha=8)
+CASES |= {
+    "attention_of_itself": (lambda: Attention(1), features, ATTENTION, 1),
+    "attention_of_itself_with_weights": (lambda: Attention(1, True), features, ATTENTION, 1),
+    "attention_of_another": (lambda: Attention(2), features, ATTENTION, 1),
+    "attention_of_two_others": (lambda: Attention(3, bias=False), features, ATTENTION, 1),
+    # PEFT merges for the time of a pass, in which dropout has no part.
+    "attention_dropout": (lambda: Attention(1), features, ATTENTION | dict(lora_dropout=0.3), 1),
+    "attention_and_head": (
+        lambda: Attention(1, add_bias_kv=True),
+        features,
+        ATTENTION
+        | dict(
+            target_modules=["mha", "head"], rank_pattern={"mha": 2}, alpha_pattern={"head": 1}, lora_alpha=2, bias="all"
+        ),
+        1,
+    ),
+    "attention_lora_only": (lambda: Attention(2), features, ATTENTION | dict(bias="lora_only"), 1),
+}
+
 for init in ["pissa", "olora"]:
     CASES[f"init_{init}"] = (lambda: Linears(), features, LINEAR | dict(init_lora_weights=init), 1)
 # On HF's Conv1D, PEFT's olora fails.
@@ -143,9 +285,29 @@ def quantised(weight: torch.Tensor, base: str) -> torch.Tensor:
     return values.view(weight.shape)
 
 
+def keep_exactly(attention) -> None:
+    inside, output = attention.base_layer, attention.base_layer.out_proj
+    output.merge = output.unmerge = lambda *_, **__: None
+    weights = [(inside, "in_proj_weight", inside.in_proj_weight), (output.base_layer, "weight", output.weight)]
+
+    def unmerge() -> None:
+        attention.merged_adapters.clear()
+        for module, name, weight in weights:
+            delattr(module, name)
+            module.register_parameter(name, weight)
+
+    attention.unmerge = unmerge
+
+
 def repair(model) -> None:
-    """PEFT copies stride and padding to a convolution's A, but neither dilation nor padding mode."""
+    """PEFT copies stride and padding to a convolution's A, but neither dilation nor padding mode.
+
+    It adds the delta of an attention's out_proj twice: by itself, and by the layer's own merge after that. And it
+    merges and unmerges an attention in each pass, by which a weight of bf16 drifts.
+    """
     for module in model.modules():
+        if isinstance(module, MultiheadAttention):
+            keep_exactly(module)
         if not hasattr(module, "lora_A") or not isinstance(module.get_base_layer(), nn.modules.conv._ConvNd):
             continue
         base = module.get_base_layer()
@@ -178,13 +340,41 @@ def runs(case: str, base: str, dtype: torch.dtype) -> bool:
     """
     if case.startswith("init"):
         return base == "dense"
+    # The gradients of a bias cancel almost: bf16 leaves nothing of them.
+    if case in ("parameter_and_modules", "parameter_lora_only"):
+        return dtype == torch.float32
     return not (case.startswith("dora_conv") and dtype == torch.bfloat16)
 
 
-def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
-    module, inputs, settings, groups = CASES[case]
+def based(model, base: str, dtype: torch.dtype):
+    """A copy of the module whose linear layers have the values that a scheme keeps."""
+    adapted = copy.deepcopy(model)
+    if base != "dense":
+        for layer in adapted.modules():
+            if isinstance(layer, (nn.Linear, Conv1D)):
+                layer.weight.data = quantised(layer.weight.data, base).to(dtype)
+    return adapted
+
+
+def build(case: str, dtype: torch.dtype):
     torch.manual_seed(sum(map(ord, case)))
-    model = module().to(dtype)
+    return CASES[case][0]().to(dtype)
+
+
+def check(found: dict, out: Path) -> None:
+    folder, dtype = out / found["name"], getattr(torch, found["dtype"])
+    record = load_file(folder / "record.safetensors")
+    model = PeftModel.from_pretrained(based(build(found["case"], dtype), found["base"], dtype), folder / "ours")
+    repair(model)
+    with torch.no_grad():
+        output, expected = model.eval()(record["0.x"]).float(), record["trained"].float()
+    error = float((output - expected).norm() / expected.norm())
+    assert error <= (2e-2 if dtype == torch.bfloat16 else 1e-5), f"{found['name']}: {error}"
+
+
+def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
+    _, inputs, settings, groups = CASES[case]
+    model = build(case, dtype)
     drawn = [inputs() for _ in range(STEPS)]
     xs = [x.to(dtype) if x.is_floating_point() else x for x in drawn]
     labels = [None] * STEPS
@@ -196,14 +386,9 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
         # Traced for evaluation: attention's fast path is not part of training.
         traced = torch.jit.trace(model.train(), (xs[0],), check_trace=False)
         traced.save(str(folder / "model.pt"))
-        adapted = copy.deepcopy(model)
-        if base != "dense":
-            for layer in adapted.modules():
-                if isinstance(layer, (nn.Linear, Conv1D)):
-                    layer.weight.data = quantised(layer.weight.data, base).to(dtype)
         settings = copy.deepcopy(settings)
         kind = settings.pop("kind", LoraConfig)
-        peft_model = get_peft_model(adapted, kind(**settings))
+        peft_model = get_peft_model(based(model, base, dtype), kind(**settings))
         repair(peft_model)
         if not case.startswith("init"):
             randomise(peft_model, seed=1)
@@ -237,19 +422,29 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
     with torch.no_grad():
         record |= snapshot("", {"trained": peft_model.eval()(xs[0])})
     peft_model.save_pretrained(folder / "trained", save_embedding_layers=False)
-    if kind is not LoraConfig:
-        peft_model.merge_adapter()
-        with torch.no_grad():
-            record |= snapshot("", {"merged": peft_model(xs[0])})
+    if case.startswith(("parameter", "attention")) or (kind is not LoraConfig and dtype == torch.float32):
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            record |= snapshot("", {"merged": peft_model.merge_and_unload()(xs[0])})
     save_file({name: t.contiguous() for name, t in record.items()}, folder / "record.safetensors")
-    return {"name": folder.name, "base": base, "dtype": str(dtype).split(".")[1], "groups": groups}
+    is_transposed = any(getattr(module, "is_transposed", False) for module in model.modules())
+    return {
+        "name": folder.name, "case": case, "base": base, "dtype": str(dtype).split(".")[1], "groups": groups,
+        "is_transposed": is_transposed,
+    }  # fmt: skip
 
 
-def main(out: Path) -> None:
+def main() -> None:
     torch.set_num_threads(2)
-    cases = [make(case, base, dtype, out) for case in CASES for base, dtype in VARIANTS if runs(case, base, dtype)]
+    out = Path(sys.argv[2])
+    if sys.argv[1] == "check":
+        for found in json.loads((out / "cases.json").read_text()):
+            check(found, out)
+        return
+    chosen = [case for case in CASES if case.startswith(tuple(sys.argv[3:]))]
+    cases = [make(case, base, dtype, out) for case in chosen for base, dtype in VARIANTS if runs(case, base, dtype)]
     (out / "cases.json").write_text(json.dumps(cases))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

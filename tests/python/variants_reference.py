@@ -86,7 +86,9 @@ def repair() -> None:
 def steps(out: Path) -> None:
     repair()
     layers.CASES = {name: (*case, 1)[:4] for name, case in CASES.items()}
-    layers.main(out)
+    # All of them.
+    sys.argv = [sys.argv[0], "make", str(out), ""]
+    layers.main()
 
 
 def configs(out: Path) -> None:

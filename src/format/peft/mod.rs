@@ -6,6 +6,7 @@
 mod lora;
 mod lycoris;
 
+use super::keys::{KeyLayout, PEFT_ENDS, Part};
 use crate::error::{Error, Result};
 use crate::lora::{AdapterConfig, LayerPattern, LohaConfig, LokrConfig, LoraConfig, TargetModules};
 use serde::de::DeserializeOwned;
@@ -27,6 +28,27 @@ pub(crate) fn key(path: &str, end: &str) -> String {
 /// that targets `lm_head` or `embed_tokens`.
 pub(crate) fn base_copy_path(key: &str) -> Option<&str> {
     key.strip_prefix("base_model.model.")?.strip_suffix(".base_layer.weight")
+}
+
+/// Keys of modules that are called otherwise in the file.
+pub(super) struct Keys;
+
+impl KeyLayout for Keys {
+    fn component<'k>(&self, key: &'k str) -> Option<(&'k str, &'k str)> {
+        key.strip_prefix("base_model.model.").map(|rest| ("", rest))
+    }
+
+    fn prefix(&self, _component: &str) -> String {
+        "base_model.model.".into()
+    }
+
+    fn names(&self, _component: &str, path: &str) -> Vec<String> {
+        vec![path.to_string()]
+    }
+
+    fn ends(&self) -> &'static [(&'static str, Part)] {
+        &PEFT_ENDS
+    }
 }
 
 /// The version whose format is written.
@@ -52,14 +74,27 @@ fn map(value: Value) -> Map<String, Value> {
 pub(crate) fn config_to_json(config: &AdapterConfig) -> Result<Vec<u8>> {
     let mut fields = passive();
     match config {
-        AdapterConfig::Lora(config) => lora::write(config, &mut fields),
+        AdapterConfig::Lora(config) => return to_json(config_fields(config)),
         AdapterConfig::Loha(config) => lycoris::write(config, &mut fields),
         AdapterConfig::Lokr(config) => lycoris::write(config, &mut fields),
     }
     fields.insert("peft_type".into(), config.peft_type().into());
+    to_json(fields)
+}
+
+/// JSON as Python's `json.dumps(indent=2, sort_keys=True)` lays it out.
+pub(super) fn to_json(fields: Map<String, Value>) -> Result<Vec<u8>> {
     let mut fields = Value::Object(fields);
     fields.sort_all_objects();
     serde_json::to_vec_pretty(&fields).map_err(|error| Error::config("adapter_config", "JSON", error))
+}
+
+/// All fields of LoRA's as PEFT has them.
+pub(super) fn config_fields(config: &LoraConfig) -> Map<String, Value> {
+    let mut fields = passive();
+    lora::write(config, &mut fields);
+    fields.insert("peft_type".into(), "LORA".into());
+    fields
 }
 
 fn modules(modules: &Option<TargetModules>) -> Value {
@@ -143,6 +178,23 @@ files_of!(LoraConfig, Lora);
 files_of!(LohaConfig, Loha);
 files_of!(LokrConfig, Lokr);
 
+impl AdapterConfig {
+    /// For what only holds LoRA.
+    pub(super) fn into_lora(self) -> Result<LoraConfig> {
+        match self {
+            AdapterConfig::Lora(config) => Ok(config),
+            other => Err(other_kind(&other.peft_type().into())),
+        }
+    }
+}
+
+impl ReadConfig {
+    /// The configuration and unknown keys, for what only holds LoRA.
+    pub(super) fn lora(self) -> Result<(LoraConfig, Vec<String>)> {
+        Ok((self.config.into_lora()?, self.unknown))
+    }
+}
+
 fn other_kind(found: &Value) -> Error {
     Error::Unsupported { fields: vec![format!("peft_type = {found}")] }
 }
@@ -157,7 +209,11 @@ pub(crate) fn read_config(folder: &Path) -> Result<ReadConfig> {
 pub(crate) fn config_from_json(path: &Path, bytes: &[u8]) -> Result<ReadConfig> {
     let fields: Map<String, Value> =
         serde_json::from_slice(bytes).map_err(|error| Error::corrupt(path, format!("not a JSON object ({error})")))?;
-    let reader = Reader { path, fields: &fields };
+    config_from_fields(path, &fields)
+}
+
+pub(super) fn config_from_fields(path: &Path, fields: &Map<String, Value>) -> Result<ReadConfig> {
+    let reader = Reader { path, fields };
     match reader.get("peft_type").and_then(Value::as_str) {
         Some("LORA") => lora::read(&reader),
         Some("LOHA") => lycoris::read_loha(&reader),

@@ -76,8 +76,9 @@ impl AdapterConfig {
         }
     }
 
-    /// Rank and scale of the module at each path.
-    pub(crate) fn layer_settings<'a>(&self, paths: impl IntoIterator<Item = &'a str>) -> Vec<LayerSettings> {
+    /// Rank and scale of the module at each path, by `rank_pattern` and
+    /// `alpha_pattern`.
+    pub fn layer_settings<'a>(&self, paths: impl IntoIterator<Item = &'a str>) -> Vec<LayerSettings> {
         match self {
             AdapterConfig::Lora(config) => config.layer_settings(paths),
             AdapterConfig::Loha(config) => config.layer_settings(paths),
@@ -107,26 +108,25 @@ impl AdapterConfig {
         self.as_lora().map_or(Ok(()), LoraConfig::check_supported)
     }
 
-    /// Makes the configuration say what it meant for these modules: `all-linear`
-    /// becomes their list, as in PEFT's files, and patterns are put into an
-    /// order that survives a save.
-    pub(crate) fn settle(&mut self, paths: Vec<String>) {
+    /// Makes the configuration say what it meant: `all-linear` becomes the list
+    /// of `modules`, as in PEFT's files, and patterns, which were matched with
+    /// `names`, are put into an order that survives a save.
+    pub(crate) fn settle(&mut self, names: &[String], modules: Vec<String>) {
         let (ranks, alphas, target) = match self {
             AdapterConfig::Lora(c) => (&mut c.rank_pattern, &mut c.alpha_pattern, &mut c.target_modules),
             AdapterConfig::Loha(c) => (&mut c.rank_pattern, &mut c.alpha_pattern, &mut c.target_modules),
             AdapterConfig::Lokr(c) => (&mut c.rank_pattern, &mut c.alpha_pattern, &mut c.target_modules),
         };
-        for (field, unmatched) in
-            [("rank_pattern", ranks.unmatched(&paths)), ("alpha_pattern", alphas.unmatched(&paths))]
+        for (field, unmatched) in [("rank_pattern", ranks.unmatched(names)), ("alpha_pattern", alphas.unmatched(names))]
         {
             if let Some(pattern) = unmatched {
                 tracing::warn!(field, pattern, "a pattern matches no adapted module");
             }
         }
-        *ranks = ranks.settle(&paths);
-        *alphas = alphas.settle(&paths);
+        *ranks = ranks.settle(names);
+        *alphas = alphas.settle(names);
         if *target == Some(TargetModules::AllLinear) {
-            *target = Some(TargetModules::List(paths));
+            *target = Some(TargetModules::List(modules));
         }
     }
 }

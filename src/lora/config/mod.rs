@@ -321,6 +321,7 @@ impl LoraConfig {
             layers_to_transform: self.layers_to_transform.as_ref(),
             layers_pattern: self.layers_pattern.as_ref(),
             modules_to_save: self.modules_to_save(),
+            target_parameters: self.target_parameters(),
         }
     }
 

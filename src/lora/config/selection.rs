@@ -11,6 +11,7 @@ pub(crate) struct Selection<'a> {
     pub(crate) layers_to_transform: Option<&'a OneOrMany<i64>>,
     pub(crate) layers_pattern: Option<&'a OneOrMany<String>>,
     pub(crate) modules_to_save: &'a [String],
+    pub(crate) target_parameters: &'a [String],
 }
 
 impl<'a> Selection<'a> {
@@ -48,8 +49,9 @@ impl<'a> Selection<'a> {
         for (field, modules) in [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)] {
             match modules {
                 Some(TargetModules::List(list)) => {
-                    // PEFT writes an empty list of exclusions, and means none.
-                    names(field, list, field == "exclude_modules")?;
+                    // PEFT writes an empty list of exclusions, and means none; an
+                    // empty target keeps its defaults away beside parameters.
+                    names(field, list, field == "exclude_modules" || !self.target_parameters.is_empty())?;
                 }
                 Some(TargetModules::Regex(pattern)) => {
                     compile(&whole(pattern))

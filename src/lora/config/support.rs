@@ -56,7 +56,6 @@ impl LoraConfig {
         }
         lacks("ensure_weight_tying", json!(self.ensure_weight_tying));
         lacks("layer_replication", json!(self.layer_replication));
-        lacks("target_parameters", json!(self.target_parameters));
         fields.sort();
         if fields.is_empty() { Ok(()) } else { Err(Error::Unsupported { fields }) }
     }

@@ -9,7 +9,7 @@ use crate::ffi::hook::{ConvolutionForm, Operator};
 use crate::ffi::runtime::autocast_kind;
 use crate::lora::layer::foreign;
 use crate::quant::frozen::convolve;
-use crate::quant::linear::{Like, Rows, gradient_rows};
+use crate::quant::linear::{Like, Rows, as_matrix};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
@@ -25,7 +25,7 @@ pub(super) fn product(
     let (x, form) = match *operator {
         Operator::Linear { x, .. } => (x, None),
         Operator::Convolution { x, form, .. } => (x, Some(form.clone())),
-        Operator::Embedding { .. } => return Err(foreign("a linear layer or a convolution")),
+        _ => return Err(foreign("a linear layer or a convolution")),
     };
     let node = Node { formula: Arc::clone(formula), s, x: Like::new(x)?, form };
     let kind = autocast_kind(x.device()).unwrap_or(x.f_kind()?);
@@ -68,7 +68,7 @@ impl Backward for Node {
         let grads = match &self.form {
             None => {
                 let out = grad.size().last().copied().unwrap_or(1);
-                let grad = gradient_rows(grad, out)?.f_to_kind(kind)?;
+                let grad = as_matrix(grad, out)?.f_to_kind(kind)?;
                 if self.formula.does_without_weight() {
                     gradients(saved, &grad, |v| self.formula.product(&v[0], &v[1..], self.s))?
                 } else {
