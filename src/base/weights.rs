@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::ffi::{bytes::element_size, hook, runtime::trim_heap};
 use crate::names;
 use crate::quant::{self, Dense, QuantConfig, Scheme};
+use std::collections::HashMap;
 use std::sync::Arc;
 use tch::{Kind, Tensor, nn};
 
@@ -45,6 +46,8 @@ pub(crate) struct Weight {
     pub(crate) role: WeightRole,
     /// Its place in the order in which the parameters were made.
     pub(crate) place: usize,
+    /// Which weight it is, if that has several names.
+    pub(crate) tied: Option<usize>,
 }
 
 impl Weight {
@@ -93,18 +96,19 @@ impl Weights {
                     Some(path) if (2..=5).contains(&dims) && tensor.is_floating_point() => role(path, dims),
                     _ => WeightRole::Other,
                 };
-                Weight { name, tensor, role, place }
+                Weight { name, tensor, role, place, tied: None }
             })
             .collect();
+        mark_tied(&mut weights);
         weights.sort_by(|a, b| a.name.cmp(&b.name));
         Weights(weights)
     }
 
     pub(crate) fn of_var_store(vs: &nn::VarStore) -> Self {
         // A store keeps the order of its trainable variables only.
-        let made: Vec<_> = vs.trainable_variables().iter().map(Tensor::data_ptr).collect();
+        let made: HashMap<_, _> = vs.trainable_variables().iter().map(address).zip(0..).collect();
         let mut tensors: Vec<_> = vs.variables().into_iter().collect();
-        let place = |tensor: &Tensor| made.iter().position(|made| *made == tensor.data_ptr()).unwrap_or(made.len());
+        let place = |tensor: &Tensor| made.get(&address(tensor)).copied().unwrap_or(made.len());
         tensors.sort_by_cached_key(|(name, tensor)| (place(tensor), name.clone()));
         Weights::new(tensors, role_by_name)
     }
@@ -210,6 +214,26 @@ impl Weights {
             }
         }
         Ok(chosen)
+    }
+}
+
+/// Where a tensor's values are, if it has a storage of its own.
+fn address(tensor: &Tensor) -> Option<usize> {
+    (hook::site_of::<Site>(tensor).is_none() && tensor.numel() > 0).then(|| tensor.data_ptr() as usize)
+}
+
+/// Numbers the groups of names that stand for the same values.
+fn mark_tied(weights: &mut [Weight]) {
+    let mut groups: HashMap<(usize, Vec<i64>), Vec<usize>> = HashMap::new();
+    for (i, weight) in weights.iter().enumerate() {
+        if let Some(address) = address(&weight.tensor) {
+            groups.entry((address, weight.tensor.size())).or_default().push(i);
+        }
+    }
+    for names in groups.into_values().filter(|names| names.len() > 1) {
+        for &i in &names {
+            weights[i].tied = names.first().copied();
+        }
     }
 }
 

@@ -2,15 +2,16 @@
 
 use super::detect::{detect, refuse_other_kinds};
 use super::file::{AdapterFile, Found};
-use super::keys::{KeyLayout, Part, parse_in};
+use super::keys::{KeyLayout, Part};
+use super::resolve::{Module, resolve};
 use super::settings::{ModuleSettings, exact_config};
-use super::{AdapterFormat, diffusers, peft, safetensors, sgm};
+use super::{AdapterFormat, diffusers, peft, safetensors};
 use crate::error::{Error, Result};
 use crate::lora::{AdapterConfig, LoraConfig, TargetModules};
 use serde_json::{Map, Value, json};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// An adapter as PEFT's folder would hold it.
 #[derive(Debug)]
@@ -127,14 +128,6 @@ fn metadata(path: &Path, bytes: &[u8], component: &str) -> Result<Option<Given>>
 /// A configuration in the file, and the keys in it that we don't know.
 type Given = (LoraConfig, Vec<String>);
 
-/// One module of the base that the file adapts.
-struct Module {
-    /// Its name in the file.
-    name: String,
-    /// The tensors with their keys.
-    parts: BTreeMap<Part, (String, Tensor)>,
-}
-
 /// A file of which the layout and the component are known.
 struct Source {
     path: PathBuf,
@@ -151,7 +144,7 @@ impl Source {
         given: Option<Given>,
     ) -> Result<ReadAdapter> {
         let renamed = file.key_mapping.apply(layers)?;
-        let modules = self.resolve(layers, &renamed, tensors)?;
+        let modules = resolve(&self.path, self.format, &self.component, layers, &renamed, tensors)?;
         let (config, unknown) = match given {
             None => (self.config_of_tensors(layers, &modules)?, Vec::new()),
             Some((config, unknown)) => (self.config(config, layers, &renamed, &modules)?, unknown),
@@ -165,63 +158,6 @@ impl Source {
             }
         }
         Ok(ReadAdapter { path: self.path, format: self.format, config: config.into(), unknown, tensors, names })
-    }
-
-    /// The tensors by the modules of the base that they belong to.
-    fn resolve<'b>(
-        &self,
-        layers: &[&'b str],
-        renamed: &[String],
-        tensors: BTreeMap<String, Tensor>,
-    ) -> Result<BTreeMap<&'b str, Module>> {
-        let layout = self.format.keys();
-        let mut known = Names::new(layout, &self.component, layers, renamed);
-        if matches!(self.format, AdapterFormat::Kohya | AdapterFormat::ComfyUi) {
-            for (path, name) in layers.iter().zip(sgm::names(renamed)) {
-                let names = name.map(|name| layout.names(&self.component, &name)).unwrap_or_default();
-                names.into_iter().for_each(|name| known.add(path, name));
-            }
-        }
-        let mut modules: BTreeMap<&str, Module> = BTreeMap::new();
-        let mut unexpected = Vec::new();
-        for (key, tensor) in tensors {
-            let Some(parsed) = parse_in(layout, &key, &self.component) else {
-                // What belongs to another component is none of ours.
-                let ours = layout.component(&key).is_none_or(|(component, _)| component == self.component);
-                if ours || self.component.is_empty() {
-                    unexpected.push(key);
-                }
-                continue;
-            };
-            let Some(path) = known.module(&self.path, &key, parsed.name)? else {
-                unexpected.push(key);
-                continue;
-            };
-            let (name, part) = (parsed.name.to_string(), parsed.part);
-            let module = modules.entry(path).or_insert_with(|| Module { name, parts: BTreeMap::new() });
-            if let Some((other, _)) = module.parts.insert(part, (key.clone(), tensor)) {
-                return Err(Error::corrupt(&self.path, format!("{other} and {key} are both {part:?} of {path}")));
-            }
-        }
-        let mut missing = Vec::new();
-        for module in modules.values() {
-            for (one, other) in [(Part::A, Part::B), (Part::EmbeddingA, Part::EmbeddingB)] {
-                match (module.parts.get(&one), module.parts.get(&other)) {
-                    (Some((key, _)), None) | (None, Some((key, _))) => missing.push(format!("the other half of {key}")),
-                    _ => {}
-                }
-            }
-            if module.rank().is_none() {
-                unexpected.extend(module.parts.values().map(|(key, _)| key.clone()));
-            }
-        }
-        if modules.is_empty() && unexpected.is_empty() {
-            missing.push(format!("any of the component {:?}", self.component));
-        }
-        if missing.is_empty() && unexpected.is_empty() {
-            return Ok(modules);
-        }
-        Err(Error::Keys { path: self.path.clone(), missing, unexpected })
     }
 
     /// The configuration where the file has none: ranks by shape; alphas as
@@ -307,69 +243,5 @@ impl Source {
             return Ok(());
         }
         Err(Error::Keys { path: self.path.clone(), missing, unexpected: vec![] })
-    }
-}
-
-impl Module {
-    fn rank_and_key(&self) -> Option<(&str, i64)> {
-        let (key, factor) = self.parts.get(&Part::A).or_else(|| self.parts.get(&Part::EmbeddingA))?;
-        Some((key, factor.size().first().copied().unwrap_or(0)))
-    }
-
-    fn rank(&self) -> Option<i64> {
-        self.rank_and_key().map(|(_, r)| r)
-    }
-
-    fn alpha(&self) -> Result<Option<f64>> {
-        let Some((key, alpha)) = self.parts.get(&Part::Alpha) else { return Ok(None) };
-        if alpha.numel() != 1 {
-            return Err(Error::Mismatch {
-                name: key.clone(),
-                expected: "one number".into(),
-                found: format!("{:?}", alpha.size()),
-            });
-        }
-        Ok(Some(alpha.f_to_kind(Kind::Double)?.f_flatten(0, -1)?.f_double_value(&[0])?))
-    }
-}
-
-/// The modules of a base by the names that they may have in a file.
-struct Names<'b> {
-    /// Those under which they are written.
-    own: HashMap<String, Vec<&'b str>>,
-    /// Older ones.
-    others: HashMap<String, Vec<&'b str>>,
-}
-
-impl<'b> Names<'b> {
-    fn new(layout: &dyn KeyLayout, component: &str, layers: &[&'b str], renamed: &[String]) -> Self {
-        let mut known = Names { own: HashMap::new(), others: HashMap::new() };
-        for (path, renamed) in layers.iter().zip(renamed) {
-            if let Some((own, others)) = layout.names(component, renamed).split_first() {
-                known.own.entry(own.clone()).or_default().push(path);
-                others.iter().for_each(|name| known.add(path, name.clone()));
-            }
-        }
-        known
-    }
-
-    /// Another name for a module.
-    fn add(&mut self, path: &'b str, name: String) {
-        let paths = self.others.entry(name).or_default();
-        if !paths.contains(&path) {
-            paths.push(path);
-        }
-    }
-
-    fn module(&self, file: &Path, key: &str, name: &str) -> Result<Option<&'b str>> {
-        match self.own.get(name).or_else(|| self.others.get(name)).map(Vec::as_slice) {
-            None => Ok(None),
-            Some([path]) => Ok(Some(path)),
-            Some(several) => {
-                let reason =
-                    format!("{key} may belong to {}: give their names by a key mapping", several.join(" or to "));
-                Err(Error::corrupt(file, reason))
-            }
-        }
     }
 }

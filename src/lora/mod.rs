@@ -16,6 +16,7 @@ mod parameter;
 mod qalora;
 mod replace;
 mod target;
+mod tied;
 mod tokens;
 
 pub use combine::{Combination, MajoritySign, Merge};
@@ -33,6 +34,7 @@ pub use lycoris::{
     Loha, LohaConfig, LohaConfigBuilder, Lokr, LokrConfig, LokrConfigBuilder, LokrInit, LycorisConfig,
     LycorisConfigBuilder,
 };
-pub(crate) use replace::Replacement;
+pub(crate) use replace::{Replacement, Use};
 pub(crate) use target::{resolve, resolve_parameters};
+pub(crate) use tied::Tied;
 pub(crate) use tokens::TokenRows;

@@ -16,12 +16,24 @@ use tch::{Kind, Tensor};
 #[derive(Debug)]
 pub(crate) struct Replacement {
     value: SharedTensor,
+    part: Use,
     switches: Arc<Switches>,
+}
+
+/// Which uses of a weight are replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// Every one.
+    All,
+    /// Rows that are looked up, of a tied weight.
+    Lookups,
+    /// Products, of a tied weight.
+    Products,
 }
 
 impl Replacement {
     /// A trainable copy, in the weight's own dtype as in PEFT.
-    pub(crate) fn new(weight: &dyn PackedWeight, switches: Arc<Switches>) -> Result<Self> {
+    pub(crate) fn new(weight: &dyn PackedWeight, part: Use, switches: Arc<Switches>) -> Result<Self> {
         let value = match weight.as_dense() {
             Some(dense) => {
                 let mut copy = dense.f_empty_like()?;
@@ -30,7 +42,7 @@ impl Replacement {
             }
             None => weight.dequantize(weight.kind())?,
         };
-        Ok(Replacement { value: SharedTensor::new(value.f_set_requires_grad(true)?), switches })
+        Ok(Replacement { value: SharedTensor::new(value.f_set_requires_grad(true)?), part, switches })
     }
 
     pub(crate) fn value(&self) -> Tensor {
@@ -48,7 +60,11 @@ impl Adapter for Replacement {
     }
 
     /// The operator on the copy, by autograd's own formulas.
-    fn apply(&self, _: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
+    fn apply(&self, weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
+        let lookup = matches!(operator, Operator::Embedding { .. });
+        if matches!((self.part, lookup), (Use::Lookups, false) | (Use::Products, true)) {
+            return frozen(weight, operator);
+        }
         on_dense(&self.value.get(), operator)
     }
 

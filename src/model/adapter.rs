@@ -2,12 +2,13 @@
 
 use super::NamedParameter;
 use super::targets::{Target, Wrapped, targets};
+use super::tied;
 use crate::base::{Adapter, Base, Site, WeightRole};
 use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft};
 use crate::lora::{
     self, AdapterConfig, Bias, Built, InitLoraWeights, LayerData, LayerForm, LayerSettings, LayerSpec, LoraConfig,
-    LoraLayer, Replacement, Switches, TokenIndices, TokenRows,
+    LoraLayer, Replacement, Switches, Tied, TokenIndices, TokenRows, Use,
 };
 use crate::names;
 use crate::quant::PackedWeight;
@@ -66,6 +67,8 @@ pub(super) struct Layer {
     pub(super) path: String,
     /// The path in its keys.
     pub(super) key_path: String,
+    /// Paths, in keys, of layers whose adapter is tied to this one.
+    pub(super) outputs: Vec<String>,
     pub(super) site: Arc<Site>,
     pub(super) lora: Arc<dyn LoraLayer>,
     /// As the configuration says.
@@ -77,6 +80,8 @@ pub(super) struct Layer {
 pub(super) struct Saved {
     /// Its key in a file.
     pub(super) key: String,
+    /// Paths of modules whose weight is tied to it.
+    pub(super) outputs: Vec<String>,
     pub(super) site: Arc<Site>,
     pub(super) copy: Arc<Replacement>,
 }
@@ -109,29 +114,40 @@ impl NamedAdapter {
         let mut layers: Vec<Layer> = Vec::with_capacity(targets.all.len());
         for target in targets.all {
             let site = target.weight.site_or_attach()?;
-            if !taken.insert(Arc::as_ptr(&site)) {
+            // A tied weight may have one adapter for each of its uses.
+            let form_of_use = target.form == LayerForm::Embedding;
+            if !taken.insert((Arc::as_ptr(&site), form_of_use)) {
                 let first = layers.iter().find(|layer| Arc::ptr_eq(&layer.site, &site));
                 let first = first.map_or("", |layer| &layer.path);
                 let found = format!("{} and {first}, which share one weight", target.path);
                 return Err(Error::config("target_modules", "one name of a tied weight", found));
             }
             let Built { layer, residual } = layer(&config, &target, init, &site.frozen(), switches)?;
-            let Target { path, key_path, settings, .. } = target;
+            let Target { path, key_path, form, settings, dropout, outputs, .. } = target;
             residuals.extend(residual.map(|residual| (Arc::clone(&site), residual)));
-            layers.push(Layer { path, key_path, site, lora: layer, settings });
+            let layer = match form {
+                LayerForm::Embedding if config.ensure_weight_tying() => {
+                    Arc::new(Tied::new(layer, dropout, Arc::clone(switches))) as Arc<dyn LoraLayer>
+                }
+                _ => layer,
+            };
+            layers.push(Layer { path, key_path, outputs, site, lora: layer, settings });
         }
         let modules: HashSet<&str> =
             targets.modules.iter().map(String::as_str).chain(layers.iter().map(|layer| layer.path.as_str())).collect();
         let saved = saved(base, &config, &modules, &targets.wrapped, switches)?;
-        for copy in &saved {
-            if !taken.insert(Arc::as_ptr(&copy.site)) {
+        for (i, copy) in saved.iter().enumerate() {
+            let layer = layers.iter().any(|layer| Arc::ptr_eq(&layer.site, &copy.site));
+            let twice = saved.iter().take(i).any(|other| Arc::ptr_eq(&other.site, &copy.site) && other.key == copy.key);
+            if layer || twice {
                 let found = format!("{}, which is tied to another", copy.site.name());
                 return Err(Error::config("modules_to_save", "one name of a tied weight", found));
             }
         }
         let tokens = config.as_lora().map_or(Ok(Vec::new()), |config| tokens(base, config, switches))?;
         for table in &tokens {
-            if taken.contains(&Arc::as_ptr(&table.site)) {
+            let sites = layers.iter().map(|layer| &layer.site).chain(saved.iter().map(|saved| &saved.site));
+            if sites.into_iter().any(|site| Arc::ptr_eq(site, &table.site)) {
                 let expected = "tables that the same adapter doesn't change otherwise, as in PEFT";
                 return Err(Error::config("trainable_token_indices", expected, &table.path));
             }
@@ -300,8 +316,15 @@ fn tokens<M>(base: &Base<M>, config: &LoraConfig, switches: &Arc<Switches>) -> R
         },
     };
     let mut tokens: Vec<Tokens> = Vec::new();
+    let mut outputs = Vec::new();
     for (entry, rows) in wanted {
         let found: Vec<_> = tables.iter().filter(|(path, _)| names::suffix_matches(path, &entry)).collect();
+        if found.is_empty()
+            && let Some(table) = tied_table(base, &entry)
+        {
+            outputs.push((entry, table, rows));
+            continue;
+        }
         if found.is_empty() {
             return Err(none(&entry));
         }
@@ -315,7 +338,23 @@ fn tokens<M>(base: &Base<M>, config: &LoraConfig, switches: &Arc<Switches>) -> R
             tokens.push(Tokens { path: path.to_string(), site, rows: rows.clone(), value: Arc::new(value) });
         }
     }
+    // An output layer that is tied to a table follows it.
+    for (entry, table, rows) in outputs {
+        let same = |tokens: &&Tokens| tokens.path == table && tokens.rows == rows;
+        if tokens.iter().find(same).is_none() {
+            let expected = format!("the same rows as of {table}, to which it is tied");
+            return Err(Error::config("trainable_token_indices", expected, format!("{rows:?} of {entry}")));
+        }
+    }
     Ok(tokens)
+}
+
+/// The table that the weight of an output layer is tied to.
+fn tied_table<'a, M>(base: &'a Base<M>, entry: &str) -> Option<&'a str> {
+    let named =
+        |weight: &&crate::base::Weight| weight.module_path().is_some_and(|path| names::suffix_matches(path, entry));
+    let weight = base.weights().iter().filter(named).find(|weight| weight.tied.is_some())?;
+    tied::source(base.weights(), weight)?.module_path()
 }
 
 /// Copies of the weights that `modules_to_save` and `bias` mean; `targets` are
@@ -355,9 +394,28 @@ fn saved<M>(
             let found = format!("{}, which training writes into", weight.name);
             return Err(Error::config("modules_to_save", "modules without running statistics", found));
         }
+        let tied = tied::others(base.weights(), weight);
+        let (weight, key, part) = match tied::source(base.weights(), weight) {
+            Some(source) if !tied.is_empty() && entry.is_some() && config.ensure_weight_tying() => {
+                (source, wrapped.key(source.module_path().unwrap_or_default(), "weight"), Use::All)
+            }
+            Some(source) if !tied.is_empty() => {
+                tracing::warn!(weight = weight.name, "a tied weight is trained in one of its uses only");
+                (weight, key, if source.name == weight.name { Use::Lookups } else { Use::Products })
+            }
+            _ => (weight, key, Use::All),
+        };
+        if part == Use::All && saved.iter().any(|other: &Saved| other.key == key) {
+            continue;
+        }
+        let outputs = match part {
+            Use::All if !tied.is_empty() => tied::others(base.weights(), weight),
+            _ => Vec::new(),
+        };
+        let outputs = outputs.iter().filter_map(|other| Some(other.module_path()?.to_string())).collect();
         let site = weight.site_or_attach()?;
-        let copy = Arc::new(Replacement::new(site.frozen().as_ref(), Arc::clone(switches))?);
-        saved.push(Saved { key, site, copy });
+        let copy = Arc::new(Replacement::new(site.frozen().as_ref(), part, Arc::clone(switches))?);
+        saved.push(Saved { key, outputs, site, copy });
     }
     // PEFT adds entries by the task that a model need not have.
     match entries.iter().find(|entry| !used.contains(entry)) {

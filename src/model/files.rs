@@ -92,8 +92,11 @@ impl<M> LoraModel<M> {
 
     /// Whether `tensors` are those of the model's one adapter.
     pub(crate) fn check_tensors(&self, path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        let mut own: BTreeMap<String, Tensor> =
+            tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        self.only()?.take_tied(&mut own)?;
         let parameters = self.only()?.tensors();
-        check_tensors(&parameters, path, tensors)?;
+        check_tensors(&parameters, path, &own)?;
         for NamedParameter { name, tensor } in parameters {
             let Some(found) = tensors.get(&name) else { continue };
             if found.f_kind()? != tensor.f_kind()? {
@@ -106,7 +109,8 @@ impl<M> LoraModel<M> {
 
     /// Loads the tensors of the model's one adapter in place, all or none. That
     /// their values are finite is known.
-    pub(crate) fn load_tensors(&self, path: &Path, tensors: BTreeMap<String, Tensor>) -> Result<()> {
+    pub(crate) fn load_tensors(&self, path: &Path, mut tensors: BTreeMap<String, Tensor>) -> Result<()> {
+        self.only()?.take_tied(&mut tensors)?;
         let parameters = self.only()?.tensors();
         check_shapes(&parameters, path, &tensors)?;
         fill(&parameters, tensors)
@@ -216,7 +220,7 @@ impl NamedAdapter {
         let mut config = self.config.clone();
         config.other_mut().insert("inference_mode".into(), true.into());
         let mut tensors = BTreeMap::new();
-        for NamedParameter { name, tensor } in self.tensors() {
+        for NamedParameter { name, tensor } in self.tensors().into_iter().chain(self.tied_tensors()?) {
             let kind = dtype.unwrap_or(tensor.f_kind()?);
             tensors.insert(name, tensor.f_detach()?.f_to_kind(kind)?);
         }
@@ -235,6 +239,7 @@ fn read<M>(name: &str, base: &Base<M>, file: &AdapterFile, switches: &Arc<Switch
     // out of the base must be taken out again.
     let init = Some(super::init_of(&config)).filter(|init| init.changes_base()).unwrap_or(InitLoraWeights::Default);
     let mut adapter = NamedAdapter::build(name, base, config, init, switches)?;
+    adapter.take_tied(&mut tensors)?;
     let parameters = adapter.tensors();
     check_tensors(&parameters, &path, &tensors)?;
     let loaded = tensors.keys().map(|key| names.get(key).unwrap_or(key).clone()).collect();
@@ -245,6 +250,7 @@ fn read<M>(name: &str, base: &Base<M>, file: &AdapterFile, switches: &Arc<Switch
     }
     let mut report = LoadReport { format, loaded, base_copies, unknown_config_keys: unknown, ..LoadReport::default() };
     report.loaded.sort();
+    report.loaded.dedup();
     adapter.report = Some(report);
     Ok(adapter)
 }

@@ -1,7 +1,8 @@
 //! Merging adapters into the weights, and taking them off.
 
 use super::LoraModel;
-use super::adapter::BySite;
+use super::adapter::{BySite, NamedAdapter};
+use super::tied;
 use crate::base::{Adapter, Adapters, Base, Site};
 use crate::error::{Error, Result};
 use crate::ffi::hook;
@@ -106,7 +107,8 @@ impl<M> LoraModel<M> {
     /// # Errors
     /// [`Error::Config`] for a name that the model doesn't have, for adapters
     /// that are merged already or not active, for another dtype than the
-    /// base's, and for a bias of `lora_B` on a layer without a bias;
+    /// base's, for a bias of `lora_B` on a layer without a bias, and for an
+    /// adapter of one use of a tied weight;
     /// [`Error::NotFinite`]. Nothing is changed then.
     pub fn merge_adapter(&mut self, options: &MergeOptions) -> Result<MergeReport> {
         let names = self.to_merge(options)?;
@@ -230,6 +232,7 @@ impl<M> LoraModel<M> {
         let mut merged = Vec::new();
         for name in names {
             let adapter = self.named(name)?;
+            self.refuse_untied(adapter)?;
             for (site, part) in adapter.sites() {
                 sites.entry(Arc::as_ptr(site)).or_insert((site, Vec::new())).1.push(part);
             }
@@ -246,6 +249,29 @@ impl<M> LoraModel<M> {
         }
         merged.sort_by(|a, b| a.report.name.cmp(&b.report.name));
         Ok(merged)
+    }
+
+    /// A weight with several names has one value: what changes one of its uses
+    /// only can't be merged into it.
+    fn refuse_untied(&self, adapter: &NamedAdapter) -> Result<()> {
+        if adapter.config.ensure_weight_tying() {
+            return Ok(());
+        }
+        let layers = adapter.layers.iter().map(|layer| &layer.site);
+        let changed: HashSet<_> =
+            layers.chain(adapter.saved.iter().map(|saved| &saved.site)).map(Arc::as_ptr).collect();
+        let tied = self
+            .base
+            .weights()
+            .iter()
+            .filter(|weight| weight.tied.is_some() && tied::source(self.base.weights(), weight).is_some());
+        match tied.into_iter().find(|weight| weight.site().is_some_and(|site| changed.contains(&Arc::as_ptr(&site)))) {
+            Some(weight) => {
+                let expected = "true where an adapter of a tied weight is merged, else it would change its other uses";
+                Err(Error::config("ensure_weight_tying", expected, format!("false for {}", weight.name)))
+            }
+            None => Ok(()),
+        }
     }
 
     /// The base's biases with those of `lora_B` added: b' = b + Σ s · b_B.

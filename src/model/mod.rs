@@ -11,6 +11,7 @@ mod mixed;
 mod status;
 mod summary;
 mod targets;
+mod tied;
 mod weighted;
 
 pub use forward::ForwardModule;

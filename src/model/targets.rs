@@ -8,6 +8,7 @@
 //! - an attention (`torch.nn.MultiheadAttention`) has the A and B of its fused
 //!   `in_proj_weight`, and those of `out_proj` inside.
 
+use super::tied;
 use crate::base::{Base, Weight, WeightRole};
 use crate::error::{Error, Result};
 use crate::format::peft;
@@ -26,6 +27,8 @@ pub(super) struct Target<'a> {
     pub(super) form: LayerForm,
     pub(super) settings: LayerSettings,
     pub(super) dropout: f64,
+    /// Paths, in keys, of the layers whose adapter is tied to this one.
+    pub(super) outputs: Vec<String>,
 }
 
 /// What a configuration means.
@@ -96,6 +99,7 @@ pub(super) fn targets<'a, M>(base: &'a Base<M>, config: &AdapterConfig) -> Resul
     let modules = lora::resolve(&config.selection(), &paths)?;
     let wanted: HashSet<&str> = modules.iter().map(String::as_str).collect();
     let chosen: Vec<_> = candidates.into_iter().filter(|(path, _)| wanted.contains(path)).collect();
+    let chosen = tied::tie(base.weights(), config, chosen)?;
     let parameters = parameters(base, config, &wanted)?;
 
     let mut wrapped = Wrapped::default();
@@ -113,7 +117,9 @@ pub(super) fn targets<'a, M>(base: &'a Base<M>, config: &AdapterConfig) -> Resul
     for ((path, weight), settings) in chosen.iter().zip(settings) {
         let mut push = |path: &str, key_path: String, weight: &'a Weight, dropout: f64| {
             let form = layer_form(config, weight.role);
-            all.push(Target { path: path.into(), key_path, weight, form, settings, dropout });
+            let tied = if config.ensure_weight_tying() { tied::others(base.weights(), weight) } else { Vec::new() };
+            let outputs = tied.iter().filter_map(|other| Some(wrapped.inside(other.module_path()?))).collect();
+            all.push(Target { path: path.into(), key_path, weight, form, settings, dropout, outputs });
         };
         if is_fused(weight) {
             let output = output_of(base, config, path)?;
@@ -129,7 +135,7 @@ pub(super) fn targets<'a, M>(base: &'a Base<M>, config: &AdapterConfig) -> Resul
             let form =
                 LayerForm::Parameter { is_transposed: weight.role == WeightRole::Experts { is_transposed: true } };
             let (path, key_path) = (weight.name.clone(), wrapped.at(module, within));
-            all.push(Target { path, key_path, weight, form, settings, dropout });
+            all.push(Target { path, key_path, weight, form, settings, dropout, outputs: Vec::new() });
         }
     }
     Ok(Targets { all, modules, wrapped })

@@ -13,6 +13,8 @@ import diffusers
 import torch
 import transformers
 from diffusers import (
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -97,6 +99,20 @@ def sdxl() -> SdxlUNet:
     ).eval()  # fmt: skip
 
 
+class FluxDit(FluxTransformer2DModel):
+    def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, **kwargs):
+        inputs = (hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids)
+        return super().forward(*inputs, return_dict=False)[0]
+
+
+def flux() -> FluxDit:
+    torch.manual_seed(7)
+    return FluxDit(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4), guidance_embeds=False,
+    ).eval()  # fmt: skip
+
+
 class Wrapped(nn.Module):
     """The same transformer under other names."""
 
@@ -108,7 +124,7 @@ class Wrapped(nn.Module):
         return self.net(*inputs)
 
 
-MODELS = {"unet": unet, "dit": dit, "clip": clip, "sdxl": sdxl}
+MODELS = {"unet": unet, "dit": dit, "clip": clip, "sdxl": sdxl, "flux": flux}
 
 
 def inputs() -> dict[str, tuple]:
@@ -118,6 +134,9 @@ def inputs() -> dict[str, tuple]:
         "unet": (draw(2, 4, 8, 8), torch.tensor([10, 600]), draw(2, 5, 16)),
         "dit": (draw(2, 4, 8, 8), draw(2, 5, 16), draw(2, 24), torch.tensor([10, 600])),
         "clip": (torch.randint(2, 40, (2, 7), generator=generator),),
+        "flux": (
+            draw(2, 6, 4), draw(2, 5, 12), draw(2, 10), torch.tensor([0.1, 0.6]), draw(6, 3).round(), torch.zeros(5, 3),
+        ),
         "sdxl": (draw(2, 4, 8, 8), torch.tensor([10, 600]), draw(2, 5, 16), draw(2, 8), draw(2, 6)),
     }
 
@@ -164,6 +183,7 @@ def make(out: Path) -> None:
     make_old(out, answer)
     make_kohya(out, answer)
     make_sdxl(out, answer)
+    make_flux(out, answer)
     make_comfyui(out, answer)
     make_quantised(out, answer)
     save_file({name: x.detach().contiguous() for name, x in answers.items()}, out / "answers.safetensors")
@@ -347,6 +367,65 @@ def make_sdxl(out: Path, answer) -> None:
     StableDiffusionXLPipeline(unet=model, **parts).load_lora_weights(out / "sdxl.safetensors")
     assert len(adapters_of(model)) == 2 * len(SDXL_NAMES)
     answer("sdxl", sdxl=model)
+
+
+FUSED = {
+    "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn_qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn_proj": ["attn.to_out.0"],
+    "txt_mlp_2": ["ff_context.net.2"],
+    "img_mod_lin": ["norm1.linear"],
+}
+
+
+OTHERS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in_in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in_out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in_in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
+}
+
+
+def make_flux(out: Path, answer) -> None:
+    """Fused layers, which diffusers splits."""
+    generator = torch.Generator().manual_seed(21)
+    draw = lambda *shape: torch.randn(shape, generator=generator) * 0.2  # noqa: E731
+    tensors = {}
+    for block in range(2):
+        for name, ends in FUSED.items():
+            layers = [flux().get_submodule(f"transformer_blocks.{block}.{end}") for end in ends]
+            key = f"lora_unet_double_blocks_{block}_{name}"
+            tensors[f"{key}.lora_down.weight"] = draw(3, layers[0].in_features)
+            tensors[f"{key}.lora_up.weight"] = draw(sum(layer.out_features for layer in layers), 3)
+            tensors[f"{key}.alpha"] = torch.tensor(1.5 + block)
+        single = flux().single_transformer_blocks[block]
+        key = f"lora_unet_single_blocks_{block}_linear2"
+        tensors[f"{key}.lora_down.weight"] = draw(4, single.proj_out.in_features)
+        tensors[f"{key}.lora_up.weight"] = draw(single.proj_out.out_features, 4)
+    for name, path in OTHERS.items():
+        layer = flux().get_submodule(path)
+        tensors[f"lora_unet_{name}.lora_down.weight"] = draw(2, layer.in_features)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = draw(layer.out_features, 2)
+    save_file(tensors, out / "flux.safetensors")
+    model = flux()
+    parts = ["vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
+    FluxPipeline(transformer=model, **dict.fromkeys(parts)).load_lora_weights(out / "flux.safetensors")
+    assert len(adapters_of(model)) == 2 * (2 * sum(map(len, FUSED.values())) + 2 + len(OTHERS))
+    answer("flux", flux=model)
+
+    # Single blocks, whose sizes diffusers has fixed: by the sum itself.
+    a, b = draw(2, 16), draw(3 * 16 + 64, 2)
+    key = "diffusion_model.single_blocks.1.linear1"
+    file = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b, f"{key}.alpha": torch.tensor(5.0)}
+    save_file(file, out / "flux_single.safetensors")
+    model = flux()
+    block = model.single_transformer_blocks[1]
+    layers = [block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp]
+    for layer, delta in zip(layers, (5.0 / 2 * b @ a).split([16, 16, 16, 64]), strict=True):
+        layer.weight += delta
+    answer("flux_single", flux=model)
 
 
 def merge(model: nn.Module, path: Path, prefix: str, down: str, up: str) -> None:

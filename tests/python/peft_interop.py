@@ -37,7 +37,7 @@ LLAMA_CASES = {
 # Each by itself.
 OTHER_FEATURES = {
     "dora": dict(use_dora=True),
-    "qalora": dict(use_qalora=True),
+    "alora": dict(alora_invocation_tokens=[1, 2]),
     "tying": dict(ensure_weight_tying=True),
     "lora_bias": dict(lora_bias=True),
     "bias": dict(bias="lora_only"),

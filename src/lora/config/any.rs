@@ -86,6 +86,11 @@ impl AdapterConfig {
         }
     }
 
+    /// Whether what is trained of a tied weight stays tied.
+    pub(crate) fn ensure_weight_tying(&self) -> bool {
+        self.as_lora().is_some_and(LoraConfig::ensure_weight_tying)
+    }
+
     /// Which biases of the base are trained.
     pub(crate) fn bias(&self) -> Bias {
         self.as_lora().map_or(Bias::None, |config| config.bias)

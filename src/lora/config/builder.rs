@@ -151,13 +151,15 @@ impl LoraConfigBuilder {
         self.with(|c| c.trainable_token_indices = Some(rows.into()))
     }
 
-    /// Parameters that are adapted by their own names, such as the
-    /// three-dimensional weights of experts.
+    /// Parameters that are adapted by their own names, whole or the last
+    /// segments: matrices (out, in), and stacks (experts, out, in) with the rank
+    /// r for each expert, see [`WeightRole::Experts`](crate::WeightRole::Experts).
     pub fn target_parameters<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
         self.with(|c| c.target_parameters = Some(names.into_iter().map(Into::into).collect()))
     }
 
-    /// Keeps what is trained of a tied weight tied.
+    /// Keeps what is trained of a tied weight tied: the adapter (or copy) of an
+    /// embedding takes part in the output layer that shares its table too.
     pub fn ensure_weight_tying(self, on: bool) -> Self {
         self.with(|c| c.ensure_weight_tying = on)
     }

@@ -54,8 +54,12 @@ impl LoraConfig {
         if init == InitLoraWeights::Mica {
             lacks("init_lora_weights", json!(init.name()));
         }
-        lacks("ensure_weight_tying", json!(self.ensure_weight_tying));
-        lacks("layer_replication", json!(self.layer_replication));
+        // Weights carry the adapters, and a layer that runs twice has them once.
+        if self.layer_replication.is_some() {
+            let ranges = json!(self.layer_replication);
+            let way = "the model's code decides how often a layer runs: build the deeper model";
+            fields.push(format!("layer_replication = {ranges} ({way})"));
+        }
         fields.sort();
         if fields.is_empty() { Ok(()) } else { Err(Error::Unsupported { fields }) }
     }
