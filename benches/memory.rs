@@ -83,7 +83,9 @@ fn main() {
         return child(scheme, rows.parse().unwrap());
     }
     let dense = LAYERS as f64 * (WIDTH * WIDTH) as f64 * 4.0 / 1e6;
-    println!("{LAYERS} layers of {WIDTH}², r = 16, f32: peak of a step over the model, MB (% of {dense:.0} MB, the dense weights)");
+    println!(
+        "{LAYERS} layers of {WIDTH}², r = 16, f32: peak of a step over the model, MB (% of {dense:.0} MB, the dense weights)"
+    );
     let line = |name: &str, peak: &dyn Fn(i64) -> Option<f64>| {
         let cells = ROWS.map(|rows| peak(rows).map(|mb| format!("{mb:6.1} ({:4.1} %)", 100.0 * mb / dense)));
         println!("| {name:20} | {} |", cells.map(|cell| cell.unwrap_or("-".into())).join(" | "));

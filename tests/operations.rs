@@ -77,7 +77,7 @@ fn adapters_answer_one_by_one_and_summed_as_in_peft() {
     assert_eq!((model.adapter_names(), model.active_adapters()), (vec!["first", "b"], vec!["b"]));
     assert_close("b alone", &model.forward(ids).unwrap(), &expected["b"], TOLERANCE);
     model.delete_adapter("first").unwrap();
-    assert_eq!(model.config().lora_alpha(), 12.0);
+    assert_eq!(model.config().as_lora().unwrap().lora_alpha(), 12.0);
     refused(model.delete_adapter("b"), "adapter_name");
 }
 

@@ -252,7 +252,7 @@ impl<M> LoraModel<M> {
     /// A weight with several names has one value: what changes one of its uses
     /// only can't be merged into it.
     fn refuse_untied(&self, adapter: &NamedAdapter) -> Result<()> {
-        if adapter.config.ensure_weight_tying {
+        if adapter.config.ensure_weight_tying() {
             return Ok(());
         }
         let layers = adapter.layers.iter().map(|layer| &layer.site);

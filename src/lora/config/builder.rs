@@ -1,8 +1,9 @@
 //! The builder of `LoraConfig`.
 
-use super::{Bias, InitLoraWeights, LayerPattern, LoraConfig, OneOrMany, TargetModules, TokenIndices};
+use super::{Bias, InitLoraWeights, LayerPattern, LoftqConfig, LoraConfig, OneOrMany, TargetModules, TokenIndices};
 use crate::error::Result;
-use serde_json::json;
+use crate::lora::init::data::{CordaConfig, EvaConfig, LoraGaConfig};
+use serde_json::{Value, json};
 use tch::Kind;
 
 /// Makes a [`LoraConfig`].
@@ -102,6 +103,46 @@ impl LoraConfigBuilder {
     /// How A and B start: `true`, `false`, or an [`InitLoraWeights`].
     pub fn init_lora_weights(self, init: impl Into<InitLoraWeights>) -> Self {
         self.with(|c| c.init_lora_weights = init.into())
+    }
+
+    /// How `init_lora_weights` of `eva` goes about it.
+    pub fn eva_config(self, config: EvaConfig) -> Self {
+        self.part("eva_config", json!(config))
+    }
+
+    /// How `init_lora_weights` of `corda` goes about it. PEFT's fields for files
+    /// of its own are left out.
+    pub fn corda_config(self, config: CordaConfig) -> Self {
+        let files = json!({
+            "cache_file": null, "covariance_file": null, "corda_method": config.corda_method,
+            "prune_temporary_fields": true, "use_float16_for_covariance": false, "verbose": false,
+        });
+        self.part("corda_config", files)
+    }
+
+    /// How `init_lora_weights` of `lora_ga` goes about it.
+    pub fn lora_ga_config(self, config: LoraGaConfig) -> Self {
+        self.part("lora_ga_config", json!(config))
+    }
+
+    /// How `init_lora_weights` of `loftq` goes about it.
+    pub fn loftq_config(self, config: LoftqConfig) -> Self {
+        self.part("loftq_config", config.to_json())
+    }
+
+    /// Pools inputs over groups of features (QALoRA, arXiv:2309.14717), on
+    /// linear layers that are quantised in groups.
+    pub fn use_qalora(self, on: bool) -> Self {
+        self.part("use_qalora", json!(on))
+    }
+
+    /// Features in a group of QALoRA's, by default 16.
+    pub fn qalora_group_size(self, size: i64) -> Self {
+        self.part("qalora_group_size", json!(size))
+    }
+
+    fn part(self, key: &str, value: Value) -> Self {
+        self.with(|c| drop(c.other.insert(key.into(), value)))
     }
 
     /// Rows of embeddings that are trained as they are: of the input
