@@ -33,6 +33,12 @@ impl Default for Switches {
     }
 }
 
+/// The dtype of what is trained on a weight of this dtype: the one asked for,
+/// else f32, as in PEFT also on a weight of bf16 or f16.
+pub(super) fn parameter_kind(asked: Option<Kind>, weight: Kind) -> Kind {
+    asked.unwrap_or(if weight == Kind::Double { Kind::Double } else { Kind::Float })
+}
+
 /// An adapter on one weight, as a model sees it.
 pub(crate) trait LoraLayer: Adapter {
     /// Its tensors with the ends of PEFT's keys, such as `lora_A.weight`.
@@ -204,10 +210,7 @@ impl LayerSpec {
     /// [`Error::Config`] for a combination that makes no sense.
     pub(crate) fn build(&self, weight: &Arc<dyn PackedWeight>, switches: &Arc<Switches>) -> Result<Built> {
         self.check(weight.as_ref())?;
-        let kind = self.kind.unwrap_or(match weight.kind() {
-            Kind::Double => Kind::Double,
-            _ => Kind::Float,
-        });
+        let kind = parameter_kind(self.kind, weight.kind());
         let mut start = super::init::start(self, weight, kind)?;
         let residual = start.residual.take();
         let weight = residual.as_ref().unwrap_or(weight);

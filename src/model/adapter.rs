@@ -414,7 +414,7 @@ fn saved<M>(
         };
         let outputs = outputs.iter().filter_map(|other| Some(other.module_path()?.to_string())).collect();
         let site = weight.site_or_attach()?;
-        let copy = Arc::new(Replacement::new(site.frozen().as_ref(), part, Arc::clone(switches))?);
+        let copy = Arc::new(Replacement::new(site.frozen().as_ref(), part, config.dtype(), Arc::clone(switches))?);
         saved.push(Saved { key, outputs, site, copy });
     }
     // PEFT adds entries by the task that a model need not have.

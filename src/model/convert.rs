@@ -20,7 +20,8 @@ impl<M> LoraModel<M> {
     ///
     /// # Errors
     /// [`Error::Config`] for a name that the model doesn't have, and for DoRA,
-    /// a bias of `lora_B` and `target_parameters`, of which there is no such sum; [`Error::Keys`]
+    /// a bias of `lora_B`, `target_parameters` and `ensure_weight_tying`, of which
+    /// there is no such sum; [`Error::Keys`]
     /// and [`Error::Mismatch`] if `initial` is another adapter's;
     /// [`Error::Io`].
     pub fn save_as_lora(&self, name: &str, folder: impl AsRef<Path>, initial: impl AsRef<Path>) -> Result<()> {
@@ -48,7 +49,12 @@ impl NamedAdapter {
     fn convertible(&self) -> Result<&LoraConfig> {
         let config = self.lora_config("a conversion to LoRA")?;
         let stacks = !config.target_parameters().is_empty();
-        let refused = [("use_dora", config.use_dora), ("lora_bias", config.lora_bias), ("target_parameters", stacks)];
+        let refused = [
+            ("use_dora", config.use_dora),
+            ("lora_bias", config.lora_bias),
+            ("target_parameters", stacks),
+            ("ensure_weight_tying", config.ensure_weight_tying),
+        ];
         for (field, on) in refused {
             if on {
                 return Err(Error::config(field, "none where an adapter is converted", on));

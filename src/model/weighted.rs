@@ -44,6 +44,10 @@ impl<M> LoraModel<M> {
         let [(first, _), ..] = sources.as_slice() else {
             return Err(Error::config("adapters", "at least one", "none"));
         };
+        let tied = first.config.ensure_weight_tying();
+        if let Some((other, _)) = sources.iter().find(|(other, _)| other.config.ensure_weight_tying() != tied) {
+            return Err(Error::config("ensure_weight_tying", format!("{tied} in all adapters"), &other.name));
+        }
         let mut parts: BTreeMap<&str, Vec<Part>> = BTreeMap::new();
         for (adapter, weight) in &sources {
             for layer in &adapter.layers {

@@ -38,7 +38,6 @@ LLAMA_CASES = {
 OTHER_FEATURES = {
     "dora": dict(use_dora=True),
     "alora": dict(alora_invocation_tokens=[1, 2]),
-    "tying": dict(ensure_weight_tying=True),
     "lora_bias": dict(lora_bias=True),
     "bias": dict(bias="lora_only"),
     "modules_to_save": dict(modules_to_save=["head"]),

@@ -4,6 +4,7 @@ use super::{Bias, LayerSettings, LoraConfig, Selection, TargetModules};
 use crate::error::Result;
 use crate::lora::lycoris::{LohaConfig, LokrConfig};
 use serde_json::{Map, Value};
+use tch::Kind;
 
 /// The configuration of an adapter, whatever its kind.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,6 +84,15 @@ impl AdapterConfig {
             AdapterConfig::Lora(config) => config.layer_settings(paths),
             AdapterConfig::Loha(config) => config.layer_settings(paths),
             AdapterConfig::Lokr(config) => config.layer_settings(paths),
+        }
+    }
+
+    /// The dtype of what is trained, if one was given.
+    pub(crate) fn dtype(&self) -> Option<Kind> {
+        match self {
+            AdapterConfig::Lora(config) => config.dtype,
+            AdapterConfig::Loha(config) => config.dtype,
+            AdapterConfig::Lokr(config) => config.dtype,
         }
     }
 

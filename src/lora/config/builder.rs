@@ -188,7 +188,8 @@ impl LoraConfigBuilder {
         self.with(|c| c.layer_replication = Some(ranges.into_iter().collect()))
     }
 
-    /// The dtype that A and B are kept and trained in. By default f32, also on
+    /// The dtype that A and B, and the copies of `modules_to_save`, biases and
+    /// token rows, are kept and trained in. By default f32, also on
     /// a base of bf16 or f16, as in PEFT; f64 on a base of f64. The products
     /// run in the dtype of the model's activations, whatever this is. A file
     /// keeps the dtype that the tensors have.
