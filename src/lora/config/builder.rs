@@ -6,6 +6,63 @@ use crate::lora::init::data::{CordaConfig, EvaConfig, LoraGaConfig};
 use serde_json::{Value, json};
 use tch::Kind;
 
+/// The setters of what every kind of adapter's configuration has.
+macro_rules! shared_setters {
+    () => {
+        /// Rank, at least 1.
+        pub fn r(self, r: i64) -> Self {
+            self.with(|c| c.r = r)
+        }
+
+        /// Names or a regular expression of modules that are left out although the
+        /// target means them.
+        pub fn exclude_modules(self, modules: impl Into<TargetModules>) -> Self {
+            self.with(|c| c.exclude_modules = Some(modules.into()))
+        }
+
+        /// Adapts in these layers only: the first number in a module's path, after
+        /// at least one other segment. Entries of the target that are whole paths
+        /// count in any layer. For a target that is a list.
+        pub fn layers_to_transform(self, layers: impl Into<OneOrMany<i64>>) -> Self {
+            self.with(|c| c.layers_to_transform = Some(layers.into()))
+        }
+
+        /// The names of the lists of layers, where `layers_to_transform` must not
+        /// count the first number of a path: `h`, `layers`, …
+        pub fn layers_pattern(self, names: impl Into<OneOrMany<String>>) -> Self {
+            self.with(|c| c.layers_pattern = Some(names.into()))
+        }
+
+        /// Ranks of some of the layers, see [`LayerPattern`].
+        pub fn rank_pattern<S: Into<String>>(self, ranks: impl IntoIterator<Item = (S, i64)>) -> Self {
+            self.with(|c| c.rank_pattern = LayerPattern::new(ranks))
+        }
+
+        /// Numerators of the scale of some of the layers, see [`LayerPattern`].
+        pub fn alpha_pattern<S: Into<String>>(self, alphas: impl IntoIterator<Item = (S, f64)>) -> Self {
+            self.with(|c| c.alpha_pattern = LayerPattern::new(alphas))
+        }
+
+        /// Modules of which a full copy is trained and saved: whole paths or their
+        /// last segments.
+        pub fn modules_to_save<S: Into<String>>(self, modules: impl IntoIterator<Item = S>) -> Self {
+            self.with(|c| c.modules_to_save = Some(modules.into_iter().map(Into::into).collect()))
+        }
+
+        /// What the model is for, as PEFT names it: `CAUSAL_LM`, `SEQ_CLS`, …
+        /// Recorded for other programs.
+        pub fn task_type(self, name: &str) -> Self {
+            self.with(|c| drop(c.other.insert("task_type".into(), json!(name))))
+        }
+
+        /// Where the base came from. Recorded for other programs.
+        pub fn base_model_name_or_path(self, name: &str) -> Self {
+            self.with(|c| drop(c.other.insert("base_model_name_or_path".into(), json!(name))))
+        }
+    };
+}
+pub(in crate::lora) use shared_setters;
+
 /// Makes a [`LoraConfig`].
 #[derive(Debug, Clone, Default)]
 #[must_use = "call build()"]
@@ -19,10 +76,7 @@ impl LoraConfigBuilder {
         self
     }
 
-    /// Rank of the adapters, at least 1.
-    pub fn r(self, r: i64) -> Self {
-        self.with(|c| c.r = r)
-    }
+    shared_setters!();
 
     /// The numerator of the scale, see [`LoraConfig::scaling`].
     pub fn lora_alpha(self, alpha: f64) -> Self {
@@ -38,41 +92,6 @@ impl LoraConfigBuilder {
     /// A list of names, a regular expression, or `"all-linear"`.
     pub fn target_modules(self, target: impl Into<TargetModules>) -> Self {
         self.with(|c| c.target_modules = Some(target.into()))
-    }
-
-    /// Names or a regular expression of modules that are left out although the
-    /// target means them.
-    pub fn exclude_modules(self, modules: impl Into<TargetModules>) -> Self {
-        self.with(|c| c.exclude_modules = Some(modules.into()))
-    }
-
-    /// Adapts in these layers only: the first number in a module's path, after
-    /// at least one other segment. Entries of the target that are whole paths
-    /// count in any layer. For a target that is a list.
-    pub fn layers_to_transform(self, layers: impl Into<OneOrMany<i64>>) -> Self {
-        self.with(|c| c.layers_to_transform = Some(layers.into()))
-    }
-
-    /// The names of the lists of layers, where `layers_to_transform` must not
-    /// count the first number of a path: `h`, `layers`, …
-    pub fn layers_pattern(self, names: impl Into<OneOrMany<String>>) -> Self {
-        self.with(|c| c.layers_pattern = Some(names.into()))
-    }
-
-    /// Ranks of some of the layers, see [`LayerPattern`].
-    pub fn rank_pattern<S: Into<String>>(self, ranks: impl IntoIterator<Item = (S, i64)>) -> Self {
-        self.with(|c| c.rank_pattern = LayerPattern::new(ranks))
-    }
-
-    /// Numerators of the scale of some of the layers, see [`LayerPattern`].
-    pub fn alpha_pattern<S: Into<String>>(self, alphas: impl IntoIterator<Item = (S, f64)>) -> Self {
-        self.with(|c| c.alpha_pattern = LayerPattern::new(alphas))
-    }
-
-    /// Modules of which a full copy is trained and saved: whole paths or their
-    /// last segments.
-    pub fn modules_to_save<S: Into<String>>(self, modules: impl IntoIterator<Item = S>) -> Self {
-        self.with(|c| c.modules_to_save = Some(modules.into_iter().map(Into::into).collect()))
     }
 
     /// Which biases of the base are trained.
@@ -176,17 +195,6 @@ impl LoraConfigBuilder {
     /// keeps the dtype that the tensors have.
     pub fn dtype(self, kind: Kind) -> Self {
         self.with(|c| c.dtype = Some(kind))
-    }
-
-    /// What the model is for, as PEFT names it: `CAUSAL_LM`, `SEQ_CLS`, …
-    /// Recorded for other programs.
-    pub fn task_type(self, name: &str) -> Self {
-        self.with(|c| drop(c.other.insert("task_type".into(), json!(name))))
-    }
-
-    /// Where the base came from. Recorded for other programs.
-    pub fn base_model_name_or_path(self, name: &str) -> Self {
-        self.with(|c| drop(c.other.insert("base_model_name_or_path".into(), json!(name))))
     }
 
     /// Checks the values.

@@ -11,6 +11,7 @@ mod values;
 
 pub use any::AdapterConfig;
 pub use builder::LoraConfigBuilder;
+pub(in crate::lora) use builder::shared_setters;
 pub use loftq::LoftqConfig;
 pub use pattern::LayerPattern;
 pub(crate) use selection::Selection;
@@ -25,6 +26,49 @@ use regex::Regex;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tch::Kind;
+
+/// The accessors of what every kind of adapter's configuration has.
+macro_rules! shared_accessors {
+    () => {
+        /// Rank, where `rank_pattern` says nothing else.
+        pub fn r(&self) -> i64 {
+            self.r
+        }
+
+        /// Which layers are adapted; `None` for a configuration from a file that
+        /// targets parameters only.
+        pub fn target_modules(&self) -> Option<&TargetModules> {
+            self.target_modules.as_ref()
+        }
+
+        /// Which layers are left out although the target means them.
+        pub fn exclude_modules(&self) -> Option<&TargetModules> {
+            self.exclude_modules.as_ref()
+        }
+
+        /// Ranks of some of the layers.
+        pub fn rank_pattern(&self) -> &LayerPattern<i64> {
+            &self.rank_pattern
+        }
+
+        /// Numerators of the scale of some of the layers.
+        pub fn alpha_pattern(&self) -> &LayerPattern<f64> {
+            &self.alpha_pattern
+        }
+
+        /// Modules of which a full copy is trained and saved.
+        pub fn modules_to_save(&self) -> &[String] {
+            self.modules_to_save.as_deref().unwrap_or_default()
+        }
+
+        /// A field of `adapter_config.json` that has no accessor of its own, as it
+        /// stands in the file: `task_type`, `base_model_name_or_path`, …
+        pub fn other(&self, key: &str) -> Option<&Value> {
+            self.other.get(key).filter(|value| !value.is_null())
+        }
+    };
+}
+pub(in crate::lora) use shared_accessors;
 
 /// What to adapt, and with which rank, scale and dropout.
 ///
@@ -110,15 +154,12 @@ pub struct LayerSettings {
 }
 
 impl LoraConfig {
+    shared_accessors!();
+
     /// A builder with PEFT's defaults: r 8, alpha 8, no dropout. The target
     /// has none and must be given.
     pub fn builder() -> LoraConfigBuilder {
         LoraConfigBuilder::default()
-    }
-
-    /// Rank of the adapters, where `rank_pattern` says nothing else.
-    pub fn r(&self) -> i64 {
-        self.r
     }
 
     /// The numerator of the scale, where `alpha_pattern` says nothing else.
@@ -131,17 +172,6 @@ impl LoraConfig {
         self.lora_dropout
     }
 
-    /// Which layers are adapted; `None` for a configuration from a file that
-    /// targets parameters only.
-    pub fn target_modules(&self) -> Option<&TargetModules> {
-        self.target_modules.as_ref()
-    }
-
-    /// Which layers are left out although the target means them.
-    pub fn exclude_modules(&self) -> Option<&TargetModules> {
-        self.exclude_modules.as_ref()
-    }
-
     /// The numbers of the layers in which targets count; empty for all.
     pub fn layers_to_transform(&self) -> &[i64] {
         self.layers_to_transform.as_ref().map_or(&[], OneOrMany::as_slice)
@@ -150,21 +180,6 @@ impl LoraConfig {
     /// The names of the lists of layers that `layers_to_transform` counts.
     pub fn layers_pattern(&self) -> &[String] {
         self.layers_pattern.as_ref().map_or(&[], OneOrMany::as_slice)
-    }
-
-    /// Ranks of some of the layers.
-    pub fn rank_pattern(&self) -> &LayerPattern<i64> {
-        &self.rank_pattern
-    }
-
-    /// Numerators of the scale of some of the layers.
-    pub fn alpha_pattern(&self) -> &LayerPattern<f64> {
-        &self.alpha_pattern
-    }
-
-    /// Modules of which a full copy is trained and saved.
-    pub fn modules_to_save(&self) -> &[String] {
-        self.modules_to_save.as_deref().unwrap_or_default()
     }
 
     /// Which biases of the base are trained.
@@ -221,12 +236,6 @@ impl LoraConfig {
     /// [`LoraConfigBuilder::dtype`].
     pub fn dtype(&self) -> Option<Kind> {
         self.dtype
-    }
-
-    /// A field of `adapter_config.json` that has no accessor of its own, as it
-    /// stands in the file: `task_type`, `base_model_name_or_path`, …
-    pub fn other(&self, key: &str) -> Option<&Value> {
-        self.other.get(key).filter(|value| !value.is_null())
     }
 
     /// How `eva` goes about it, by default as in PEFT.

@@ -1,6 +1,6 @@
 //! The builders of `LohaConfig` and `LokrConfig`.
 
-use super::super::config::{LayerPattern, OneOrMany, TargetModules};
+use super::super::config::{LayerPattern, OneOrMany, TargetModules, shared_setters};
 use super::config::{Loha, LohaConfig, Lokr, LokrConfig, LokrInit, LycorisConfig};
 use crate::error::Result;
 use serde_json::json;
@@ -24,10 +24,7 @@ impl<M> LycorisConfigBuilder<M> {
         self
     }
 
-    /// Rank of the factors, at least 1.
-    pub fn r(self, r: i64) -> Self {
-        self.with(|c| c.r = r)
-    }
+    shared_setters!();
 
     /// The numerator of the scale alpha/r.
     pub fn alpha(self, alpha: f64) -> Self {
@@ -56,52 +53,10 @@ impl<M> LycorisConfigBuilder<M> {
         self.with(|c| c.target_modules = Some(target.into()))
     }
 
-    /// Names or a regular expression of modules that are left out although the
-    /// target means them.
-    pub fn exclude_modules(self, modules: impl Into<TargetModules>) -> Self {
-        self.with(|c| c.exclude_modules = Some(modules.into()))
-    }
-
-    /// As in [`LoraConfigBuilder`](crate::LoraConfigBuilder::layers_to_transform).
-    pub fn layers_to_transform(self, layers: impl Into<OneOrMany<i64>>) -> Self {
-        self.with(|c| c.layers_to_transform = Some(layers.into()))
-    }
-
-    /// As in [`LoraConfigBuilder`](crate::LoraConfigBuilder::layers_pattern).
-    pub fn layers_pattern(self, names: impl Into<OneOrMany<String>>) -> Self {
-        self.with(|c| c.layers_pattern = Some(names.into()))
-    }
-
-    /// Ranks of some of the layers, see [`LayerPattern`].
-    pub fn rank_pattern<S: Into<String>>(self, ranks: impl IntoIterator<Item = (S, i64)>) -> Self {
-        self.with(|c| c.rank_pattern = LayerPattern::new(ranks))
-    }
-
-    /// Numerators of the scale of some of the layers, see [`LayerPattern`].
-    pub fn alpha_pattern<S: Into<String>>(self, alphas: impl IntoIterator<Item = (S, f64)>) -> Self {
-        self.with(|c| c.alpha_pattern = LayerPattern::new(alphas))
-    }
-
-    /// Modules of which a full copy is trained and saved: whole paths or their
-    /// last segments.
-    pub fn modules_to_save<S: Into<String>>(self, modules: impl IntoIterator<Item = S>) -> Self {
-        self.with(|c| c.modules_to_save = Some(modules.into_iter().map(Into::into).collect()))
-    }
-
     /// The dtype of the factors, as in
     /// [`LoraConfigBuilder`](crate::LoraConfigBuilder::dtype).
     pub fn dtype(self, kind: Kind) -> Self {
         self.with(|c| c.dtype = Some(kind))
-    }
-
-    /// What the model is for, as PEFT names it. Recorded for other programs.
-    pub fn task_type(self, name: &str) -> Self {
-        self.with(|c| drop(c.other.insert("task_type".into(), json!(name))))
-    }
-
-    /// Where the base came from. Recorded for other programs.
-    pub fn base_model_name_or_path(self, name: &str) -> Self {
-        self.with(|c| drop(c.other.insert("base_model_name_or_path".into(), json!(name))))
     }
 }
 

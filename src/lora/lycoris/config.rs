@@ -1,6 +1,6 @@
 //! `LohaConfig` and `LokrConfig`, with PEFT's names, defaults and meaning.
 
-use super::super::config::{LayerPattern, LayerSettings, OneOrMany, Selection, TargetModules};
+use super::super::config::{LayerPattern, LayerSettings, OneOrMany, Selection, TargetModules, shared_accessors};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use tch::Kind;
@@ -129,10 +129,7 @@ impl<M: Default> Default for LycorisConfig<M> {
 }
 
 impl<M> LycorisConfig<M> {
-    /// Rank of the factors, where `rank_pattern` says nothing else.
-    pub fn r(&self) -> i64 {
-        self.r
-    }
+    shared_accessors!();
 
     /// The numerator of the scale, where `alpha_pattern` says nothing else.
     pub fn alpha(&self) -> f64 {
@@ -154,40 +151,9 @@ impl<M> LycorisConfig<M> {
         self.use_effective_conv2d
     }
 
-    /// Which layers are adapted.
-    pub fn target_modules(&self) -> Option<&TargetModules> {
-        self.target_modules.as_ref()
-    }
-
-    /// Which layers are left out although the target means them.
-    pub fn exclude_modules(&self) -> Option<&TargetModules> {
-        self.exclude_modules.as_ref()
-    }
-
-    /// Ranks of some of the layers.
-    pub fn rank_pattern(&self) -> &LayerPattern<i64> {
-        &self.rank_pattern
-    }
-
-    /// Numerators of the scale of some of the layers.
-    pub fn alpha_pattern(&self) -> &LayerPattern<f64> {
-        &self.alpha_pattern
-    }
-
-    /// Modules of which a full copy is trained and saved.
-    pub fn modules_to_save(&self) -> &[String] {
-        self.modules_to_save.as_deref().unwrap_or_default()
-    }
-
     /// The fields that only this method has.
     pub fn method(&self) -> &M {
         &self.method
-    }
-
-    /// A field of `adapter_config.json` that has no accessor of its own, as it
-    /// stands in the file: `task_type`, `base_model_name_or_path`, …
-    pub fn other(&self, key: &str) -> Option<&Value> {
-        self.other.get(key).filter(|value| !value.is_null())
     }
 
     /// The factor s = alpha/r of ΔW.

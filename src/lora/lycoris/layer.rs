@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::ffi::hook::Operator;
 use crate::ffi::shared::SharedTensor;
 use crate::lora::LayerSettings;
-use crate::lora::layer::{LayerForm, LoraLayer, OutputChannels, Switches, same_groups};
+use crate::lora::layer::{LayerForm, LoraLayer, OutputChannels, Switches, parameter_kind, same_groups};
 use crate::quant::PackedWeight;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -56,10 +56,7 @@ pub(crate) fn layer<M: Method>(
         let expected = "linear layers and convolutions over one or two dimensions for this kind of adapter";
         return Err(Error::config("target_modules", expected, format!("{path}, {form:?} {sizes:?}")));
     }
-    let kind = config.dtype.unwrap_or(match weight.kind() {
-        Kind::Double => Kind::Double,
-        _ => Kind::Float,
-    });
+    let kind = parameter_kind(config.dtype, weight.kind());
     let options = (kind, weight.device());
     let place = Place { sizes, r: settings.r, effective: config.use_effective_conv2d, options };
     let Start { formula, tensors } = config.method.start(&place)?;
