@@ -81,8 +81,10 @@ pub use error::{Error, Result};
 pub use ffi::runtime::cuda_status;
 pub use format::{AdapterFile, AdapterFormat, DetectedFormat, KeyMapping, KeyMappingBuilder, LoadReport};
 pub use lora::{
-    Bias, Combination, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, MajoritySign,
-    Merge, OneOrMany, TargetModules, TokenIndices,
+    AdapterConfig, Bias, Combination, CordaConfig, CordaMethod, EvaConfig, InitLoraWeights, LayerPattern,
+    LayerSettings, LoftqConfig, Loha, LohaConfig, LohaConfigBuilder, Lokr, LokrConfig, LokrConfigBuilder, LokrInit,
+    LoraConfig, LoraConfigBuilder, LoraGaConfig, LoraGaDirection, LoraGaScale, LycorisConfig, LycorisConfigBuilder,
+    MajoritySign, Merge, OneOrMany, TargetModules, TokenIndices,
 };
 pub use model::{
     BASE_ROW, DisabledAdapters, ForwardModule, LayerStatus, LoraModel, MergeOptions, MergeReport, MergedLayer,

@@ -40,7 +40,7 @@ fn alpha_is_kept_to_the_bit() {
             assert_eq!(alphas.len(), 2, "{:?}", tensors.keys());
             assert!(alphas.iter().all(|(_, alpha)| alpha.kind() == kind && alpha.dim() == 0));
             let again = LoraModel::init_lora(small(&["x.a_b", "x.c"]), &path).unwrap();
-            assert_eq!(again.config().lora_alpha(), alpha);
+            assert_eq!(again.config().as_lora().unwrap().lora_alpha(), alpha);
             for (ours, theirs) in model.parameters().iter().zip(again.parameters()) {
                 assert_same(&ours.name, &theirs.tensor, &ours.tensor);
             }
@@ -209,12 +209,12 @@ fn the_configuration_in_a_header_is_read_strictly() {
     };
     // Only some of PEFT's fields, and those of another component.
     let model = open(&["a", "b"], r#"{"unet.r": 2, "unet.lora_alpha": 7, "text_encoder.r": 9}"#).unwrap();
-    assert_eq!((model.config().lora_alpha(), model.layers()), (7.0, vec!["a", "b"]));
+    assert_eq!((model.config().as_lora().unwrap().lora_alpha(), model.layers()), (7.0, vec!["a", "b"]));
     let model = open(&["a"], r#"{"unet.r": 2, "unet.lora_dropout": 0.25, "unet.target_modules": ["a"]}"#).unwrap();
-    assert_eq!((model.config().lora_dropout(), model.layers()), (0.25, vec!["a"]));
+    assert_eq!((model.config().as_lora().unwrap().lora_dropout(), model.layers()), (0.25, vec!["a"]));
     // Nothing about this component: alpha is the rank.
     let model = open(&["a"], r#"{"text_encoder.r": 9}"#).unwrap();
-    assert_eq!((model.config().r(), model.config().lora_alpha()), (2, 2.0));
+    assert_eq!((model.config().as_lora().unwrap().r(), model.config().as_lora().unwrap().lora_alpha()), (2, 2.0));
     // What is unknown is kept and told.
     let model = open(&["a"], r#"{"unet.r": 2, "unet.later": [1]}"#).unwrap();
     assert_eq!(model.load_report().unwrap().unknown_config_keys, ["later"]);

@@ -162,8 +162,8 @@ fn a_checkpoint_of_simpletuner_is_taken_over_on_a_quantised_base() {
     // quanto takes convolutions as well.
     let base = model.base().quantize(&QuantConfig::int8().convolutions(true).build().unwrap()).unwrap();
     let mut taken = LoraModel::init_lora(base, dir.join("simpletuner")).unwrap();
-    assert_eq!(taken.config().r(), 4);
-    assert_eq!(taken.config().lora_alpha(), 10.0);
+    assert_eq!(taken.config().as_lora().unwrap().r(), 4);
+    assert_eq!(taken.config().as_lora().unwrap().lora_alpha(), 10.0);
     taken.eval().unwrap();
     assert_close("int8, as quanto has it", &model.run(&taken), model.expected("quantised"), TOLERANCE);
     assert_differs("int8", model.expected("quantised"), model.expected("quantised_base"), 1e-2);

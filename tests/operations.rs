@@ -77,7 +77,7 @@ fn adapters_answer_one_by_one_and_summed_as_in_peft() {
     assert_eq!((model.adapter_names(), model.active_adapters()), (vec!["first", "b"], vec!["b"]));
     assert_close("b alone", &model.forward(ids).unwrap(), &expected["b"], TOLERANCE);
     model.delete_adapter("first").unwrap();
-    assert_eq!(model.config().lora_alpha(), 12.0);
+    assert_eq!(model.config().as_lora().unwrap().lora_alpha(), 12.0);
     refused(model.delete_adapter("b"), "adapter_name");
 }
 
@@ -565,6 +565,35 @@ fn dtypes_are_what_was_asked_for() {
     assert!(half.parameters().iter().all(|p| p.tensor.kind() == Kind::BFloat16));
     assert_eq!(half.forward(ids).unwrap().kind(), Kind::Float);
     refused(config().dtype(Kind::Int64).build(), "dtype");
+}
+
+/// PEFT leaves copies and biases in the base's dtype, whatever the adapters have.
+#[test]
+fn copies_and_rows_follow_the_dtype_of_adapters() {
+    let _rng = rng();
+    for (asked, kind) in [(None, Kind::Float), (Some(Kind::BFloat16), Kind::BFloat16)] {
+        let mut vs = tch::nn::VarStore::new(tch::Device::Cpu);
+        let net = Net::new(&vs.root());
+        vs.bfloat16();
+        let ids = Tensor::from_slice2(&[[1i64, 2, 3], [0, 5, 1]]);
+        let plain = net.forward(&ids);
+        let config = LoraConfig::builder().target_modules(["q_proj"]).trainable_token_indices([1, 5]).bias(Bias::All);
+        let config = config.modules_to_save(["head", "norm"]);
+        let config = asked.into_iter().fold(config, |config, kind| config.dtype(kind)).build().unwrap();
+        let model = LoraModel::wrap(Base::new(vs, net), config).unwrap();
+        let output = model.forward(&ids).unwrap();
+        assert_eq!(output.kind(), Kind::BFloat16);
+        assert_close("at first", &output, &plain, 1e-2);
+        output.square().sum(Kind::Float).backward();
+        for p in model.trainable_parameters() {
+            assert_eq!((p.tensor.kind(), p.tensor.grad().kind()), (kind, kind), "{}", p.name);
+        }
+        assert!(model.layer_status().iter().all(|status| status.kind == Kind::BFloat16));
+        let (base, _) = model.merge_and_unload(&MergeOptions::new()).unwrap();
+        let after = base.module().forward(&ids);
+        assert_eq!(after.kind(), Kind::BFloat16);
+        assert_close("merged", &after, &plain, 1e-2);
+    }
 }
 
 /// PEFT drops the bias of an output layer that is tied to a table with trained rows, and can't save

@@ -230,7 +230,7 @@ fn five_steps_with_dropout_equal_pefts() {
 #[test]
 fn features_that_are_not_had_are_refused_by_name() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
-    let cases = [("qalora", "use_qalora"), ("tying", "ensure_weight_tying")];
+    let cases = [("alora", "alora_invocation_tokens")];
     for (case, field) in cases {
         let folder = dir.join("other_features").join(case);
         let loaded = LoraModel::from_pretrained(Net::load(dir), &folder);

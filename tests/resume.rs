@@ -9,8 +9,8 @@ use tch::nn::{self, ModuleT};
 use tch::{Device, Kind, Tensor};
 use tch_peft::checkpoint::{latest, verify};
 use tch_peft::{
-    AdamW, Base, Error, LoraConfig, LoraConfigBuilder, LoraModel, Optimizer, Parts, QuantConfig, ResumePolicy, Run,
-    Sampler, Schedule, Start, clip_grad_norm,
+    AdamW, AdapterConfig, Base, Error, LohaConfig, LokrConfig, LoraConfig, LoraConfigBuilder, LoraModel, Optimizer,
+    Parts, QuantConfig, ResumePolicy, Run, Sampler, Schedule, Start, clip_grad_norm,
 };
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -66,9 +66,14 @@ struct Trainer {
 
 impl Trainer {
     fn new(base: Base<Net>, config: LoraConfigBuilder, run: Run) -> Self {
+        Self::with(base, config.build().unwrap(), run)
+    }
+
+    fn with(base: Base<Net>, config: impl Into<AdapterConfig>, run: Run) -> Self {
         tch::manual_seed(11);
-        let model = LoraModel::wrap(base, config.build().unwrap()).unwrap();
-        let optimizer = AdamW::builder().lr(1e-2).group(|name| name.contains("lora_B"), 3e-2, 0.0);
+        let model = LoraModel::wrap(base, config).unwrap();
+        let optimizer =
+            AdamW::builder().lr(1e-2).group(|name| name.contains("lora_B") || name.ends_with("_b"), 3e-2, 0.0);
         let optimizer = optimizer.build(model.trainable_parameters()).unwrap();
         let sampler = Sampler::new(50, 8, 5).unwrap();
         Trainer { model, optimizer, schedule: Schedule::cosine(2, STEPS), sampler, run }
@@ -114,6 +119,35 @@ fn data() -> (Tensor, Tensor) {
 
 fn run(dir: &Path) -> Run {
     Run::builder(dir).every(2).keep(3).build().unwrap()
+}
+
+/// Their dropouts draw for each layer of each pass, and a dropped layer has no gradient.
+#[test]
+fn other_kinds_of_adapters_resume_to_the_bit_too() {
+    let _rng = rng();
+    let targets = ["up", "mid", "down"];
+    let loha = LohaConfig::builder().r(4).rank_dropout(0.2).module_dropout(0.2).target_modules(targets);
+    let lokr = LokrConfig::builder().r(2).rank_dropout(0.2).module_dropout(0.2).target_modules(targets);
+    let configs: [AdapterConfig; 2] = [loha.build().unwrap().into(), lokr.build().unwrap().into()];
+    for config in configs {
+        let dir = fresh_dir(&format!("resume-{}", config.peft_type()));
+        let mut straight = Trainer::with(base("nf4"), config.clone(), run(&dir.join("straight")));
+        straight.start().unwrap();
+        let losses = straight.train(STEPS);
+        let mut again = BTreeMap::new();
+        for until in [5, STEPS] {
+            let mut part = Trainer::with(base("nf4"), config.clone(), run(&dir.join("interrupted")));
+            part.start().unwrap();
+            again.extend(part.train(until));
+            if until == STEPS {
+                assert_eq!(part.adapter(), straight.adapter(), "{}", config.peft_type());
+            }
+        }
+        assert_eq!(again, losses, "{}", config.peft_type());
+        let mut other = Trainer::new(base("nf4"), self::config(), run(&dir.join("interrupted")));
+        let error = other.start().unwrap_err();
+        assert!(matches!(&error, Error::DifferentConfig { .. }), "{error}");
+    }
 }
 
 #[test]

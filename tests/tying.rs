@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{assert_close, assert_same, fresh_dir, peer, python, read, rng};
+use common::{assert_close, assert_differs, assert_same, fresh_dir, peer, python, read, rng};
 use tch::{Device, Kind, Tensor, nn};
 use tch_peft::{Base, Error, LoraConfig, LoraModel, MergeOptions};
 
@@ -54,6 +54,18 @@ fn tied_weights_follow_peft_and_peft_follows_us() {
         for (key, tensor) in &ours {
             assert_close(&format!("{name}: {key}"), tensor, &theirs[key], 1e-5);
         }
+        // A file in which the two uses differ isn't that of a tied weight.
+        if ["embedding", "saved_head"].contains(&name) {
+            let torn = fresh_dir("tying_torn");
+            let tensors = ours.iter().map(|(key, tensor)| match key.contains("lm_head") {
+                true => (key.clone(), tensor + 1.0),
+                false => (key.clone(), tensor.shallow_clone()),
+            });
+            common::write(torn.join("adapter_model.safetensors"), &tensors.collect::<Vec<_>>());
+            std::fs::copy(folder.join("ours/adapter_config.json"), torn.join("adapter_config.json")).unwrap();
+            let error = LoraModel::from_pretrained(base(), &torn).unwrap_err();
+            assert!(matches!(&error, Error::Keys { .. }) && error.to_string().contains("lm_head"), "{name}: {error}");
+        }
         let before = run(&model);
         if name.starts_with("untied") {
             let error = model.merge_adapter(&MergeOptions::new()).unwrap_err();
@@ -68,6 +80,33 @@ fn tied_weights_follow_peft_and_peft_follows_us() {
     }
     assert_eq!(cases, 12);
     peer("tying_reference.py", &["check".as_ref(), dir.as_os_str()]);
+}
+
+/// Dropout is on what goes into the output layer, not on rows that are looked up, as in PEFT.
+#[test]
+fn dropout_is_on_the_output_layer_alone() {
+    let _rng = rng();
+    let vs = nn::VarStore::new(Device::Cpu);
+    let embed = nn::embedding(vs.root() / "embed", 9, 8, Default::default());
+    let config = LoraConfig::builder().r(2).target_modules(["embed"]).ensure_weight_tying(true).lora_dropout(0.5);
+    let mut model = LoraModel::wrap(vs, config.build().unwrap()).unwrap();
+    let _no_grad = tch::no_grad_guard();
+    for p in model.parameters() {
+        let _ = p.tensor.shallow_clone().normal_(0.0, 0.5);
+    }
+    model.add_adapter("second", LoraConfig::builder().target_modules(["embed"]).build().unwrap()).unwrap();
+    let ids = Tensor::from_slice(&[0i64, 3, 5, 8]);
+    let x = Tensor::randn([4, 8], (Kind::Float, Device::Cpu));
+    // First of two, and second: the node, and what is added to it.
+    for order in [["default", "second"], ["second", "default"]] {
+        model.set_adapter(order).unwrap();
+        let product = || x.matmul(&embed.ws.tr());
+        assert_same("rows", &ids.apply(&embed), &ids.apply(&embed));
+        assert_differs("products", &product(), &product(), 1e-2);
+        let mean =
+            Tensor::stack(&(0..3000).map(|_| product()).collect::<Vec<_>>(), 0).mean_dim(0i64, false, Kind::Float);
+        assert_close("mean", &mean, &x.matmul(&(&embed.ws * 1.0).tr()), 5e-2);
+    }
 }
 
 /// A tch model that uses one variable twice has one name for it; its adapter takes part in both uses.

@@ -172,7 +172,7 @@ impl WeightSite for Site {
         }
         let weight = state.weight();
         if let Some(value) = state.live().find_map(|adapter| adapter.replacement()) {
-            return Ok(value);
+            return Ok(value.f_to_kind(weight.kind())?);
         }
         let first = self.told.lock().unwrap_or_else(PoisonError::into_inner).insert(op.to_string());
         if first {

@@ -43,13 +43,14 @@ impl AdapterFile {
         } else {
             weights.iter().filter_map(|name| module_path(name)).collect()
         };
-        let mut adapter = read(self, &base)?;
-        adapter.config.check_supported()?;
+        let adapter = read(self, &base)?;
+        let mut config = adapter.config.into_lora()?;
+        config.check_supported()?;
         let modules = by_module(&adapter.path, &adapter.tensors)?;
         if weights.is_empty() {
-            as_expression(&mut adapter.config, &modules);
+            as_expression(&mut config, &modules);
         }
-        let settings = adapter.config.layer_settings(modules.keys().copied());
+        let settings = config.layer_settings(modules.keys().copied());
         let mut layers = Vec::with_capacity(modules.len());
         for ((path, tensors), settings) in modules.into_iter().zip(settings) {
             for (end, tensor) in &tensors {
@@ -62,7 +63,7 @@ impl AdapterFile {
             }
             layers.push(OutgoingLayer { path, settings, tensors });
         }
-        write(&to.into(), format, &Outgoing { config: &adapter.config, layers, base })
+        write(&to.into(), format, &Outgoing { config: &config, layers, base })
     }
 
     /// The modules' paths by the adapter's own keys.

@@ -7,7 +7,7 @@ use super::resolve::{Module, resolve};
 use super::settings::{ModuleSettings, exact_config};
 use super::{AdapterFormat, diffusers, peft, safetensors};
 use crate::error::{Error, Result};
-use crate::lora::{LoraConfig, TargetModules};
+use crate::lora::{AdapterConfig, LoraConfig, TargetModules};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ pub(crate) struct ReadAdapter {
     /// The tensors' file.
     pub(crate) path: PathBuf,
     pub(crate) format: AdapterFormat,
-    pub(crate) config: LoraConfig,
+    pub(crate) config: AdapterConfig,
     /// Keys of the configuration that we don't know.
     pub(crate) unknown: Vec<String>,
     /// By PEFT's keys.
@@ -37,15 +37,16 @@ pub(crate) struct ReadAdapter {
 pub(crate) fn read(file: &AdapterFile, layers: &[&str]) -> Result<ReadAdapter> {
     match file.find()? {
         Found::Peft(folder) => {
-            let peft::ReadConfig { config, unknown } = peft::read_config(&folder)?;
+            let read = peft::read_config(&folder)?;
             let path = folder.join(peft::WEIGHTS_FILE);
             let tensors = safetensors::read(&path)?;
             if file.key_mapping.is_empty() {
+                let peft::ReadConfig { config, unknown } = read;
                 let (format, names) = (AdapterFormat::Peft, BTreeMap::new());
                 return Ok(ReadAdapter { path, format, config, unknown, tensors, names });
             }
             let source = Source { path, format: AdapterFormat::Peft, component: String::new() };
-            source.read(file, layers, tensors, Some(peft::ReadConfig { config, unknown }))
+            source.read(file, layers, tensors, Some(read.lora()?))
         }
         Found::File(path) => {
             let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
@@ -100,7 +101,7 @@ pub(super) fn choose<'k>(
 }
 
 /// The `LoraConfig` that diffusers wrote beside the tensors of a component.
-fn metadata(path: &Path, bytes: &[u8], component: &str) -> Result<Option<peft::ReadConfig>> {
+fn metadata(path: &Path, bytes: &[u8], component: &str) -> Result<Option<Given>> {
     let Some(text) = safetensors::metadata(path, bytes)?.remove(diffusers::METADATA_KEY) else { return Ok(None) };
     let fields: Map<String, Value> = serde_json::from_str(&text).map_err(|error| {
         Error::corrupt(path, format!("`{}` is not a JSON object ({error})", diffusers::METADATA_KEY))
@@ -117,12 +118,15 @@ fn metadata(path: &Path, bytes: &[u8], component: &str) -> Result<Option<peft::R
     if !targets {
         own.insert("target_modules".into(), json!("all-linear"));
     }
-    let mut read = peft::config_from_fields(path, &own)?;
+    let (mut config, unknown) = peft::config_from_fields(path, &own)?.lora()?;
     if !targets {
-        read.config.target_modules = None;
+        config.target_modules = None;
     }
-    Ok(Some(read))
+    Ok(Some((config, unknown)))
 }
+
+/// A configuration in the file, and the keys in it that we don't know.
+type Given = (LoraConfig, Vec<String>);
 
 /// A file of which the layout and the component are known.
 struct Source {
@@ -137,13 +141,13 @@ impl Source {
         file: &AdapterFile,
         layers: &[&str],
         tensors: BTreeMap<String, Tensor>,
-        given: Option<peft::ReadConfig>,
+        given: Option<Given>,
     ) -> Result<ReadAdapter> {
         let renamed = file.key_mapping.apply(layers)?;
         let modules = resolve(&self.path, self.format, &self.component, layers, &renamed, tensors)?;
         let (config, unknown) = match given {
             None => (self.config_of_tensors(layers, &modules)?, Vec::new()),
-            Some(peft::ReadConfig { config, unknown }) => (self.config(config, layers, &renamed, &modules)?, unknown),
+            Some((config, unknown)) => (self.config(config, layers, &renamed, &modules)?, unknown),
         };
         let (mut tensors, mut names) = (BTreeMap::new(), BTreeMap::new());
         for (path, module) in modules {
@@ -153,7 +157,7 @@ impl Source {
                 tensors.insert(peft::key(path, end), tensor);
             }
         }
-        Ok(ReadAdapter { path: self.path, format: self.format, config, unknown, tensors, names })
+        Ok(ReadAdapter { path: self.path, format: self.format, config: config.into(), unknown, tensors, names })
     }
 
     /// The configuration where the file has none: ranks by shape; alphas as

@@ -46,7 +46,7 @@ pub(crate) fn write(file: &AdapterFile, format: AdapterFormat, adapter: &Outgoin
     let files = match format {
         AdapterFormat::Peft => vec![
             (peft::WEIGHTS_FILE.to_string(), safetensors::serialize(&writer.tensors(peft_end)?)?),
-            (peft::CONFIG_FILE.to_string(), peft::config_to_json(&writer.config())?),
+            (peft::CONFIG_FILE.to_string(), peft::config_to_json(&writer.config().into())?),
         ],
         AdapterFormat::Diffusers => {
             let metadata = BTreeMap::from([(diffusers::METADATA_KEY.to_string(), writer.metadata()?)]);

@@ -5,7 +5,7 @@
 //! its r channels, in the base's groups.
 
 use super::factors::Factors;
-use super::layer::{Factored, LoraLayer, OutputChannels, foreign};
+use super::layer::{Factored, OutputChannels, foreign, same_groups};
 use crate::base::Adapter;
 use crate::error::{Error, Result};
 use crate::ffi::hook::{ConvolutionForm, Operator};
@@ -62,14 +62,7 @@ impl Factored for LoraConv {
 
     fn takes_part(&self, operator: &Operator) -> Result<bool> {
         let Operator::Convolution { form, .. } = operator else { return Ok(false) };
-        if form.groups == self.groups {
-            return Ok(true);
-        }
-        Err(Error::Mismatch {
-            name: "groups of an adapted convolution".into(),
-            expected: format!("{}, as the base was told", self.groups),
-            found: format!("{}; state it with `Base::declare` and `WeightRole::Conv`", form.groups),
-        })
+        same_groups(self.groups, form.groups)
     }
 
     fn product(&self, operator: &Operator) -> Result<Tensor> {
@@ -81,23 +74,5 @@ impl Factored for LoraConv {
         let all = |n: i64| vec![n; form.stride.len()];
         let mix = ConvolutionForm { stride: all(1), padding: all(0), dilation: all(1), groups: self.groups };
         Ok(convolve(&u, &b, bias.as_ref(), &mix)?.f_mul_scalar(factors.scaling())?)
-    }
-}
-
-impl LoraLayer for LoraConv {
-    fn tensors(&self) -> Vec<(&'static str, Tensor)> {
-        self.factors.tensors("lora_A.weight", "lora_B.weight")
-    }
-
-    fn scaling(&self) -> f64 {
-        self.factors.scaling()
-    }
-
-    fn set_scaling(&self, scaling: f64) {
-        self.factors.set_scaling(scaling);
-    }
-
-    fn bias_delta(&self) -> Result<Option<Tensor>> {
-        self.factors.bias_delta()
     }
 }

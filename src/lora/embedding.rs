@@ -4,7 +4,7 @@
 //! part in it, as in PEFT.
 
 use super::factors::Factors;
-use super::layer::{Factored, LoraLayer, OutputChannels, foreign};
+use super::layer::{Factored, OutputChannels, foreign};
 use crate::base::Adapter;
 use crate::error::Result;
 use crate::ffi::hook::Operator;
@@ -44,6 +44,10 @@ impl Factored for LoraEmbedding {
         &self.factors
     }
 
+    fn keys(&self) -> [&'static str; 2] {
+        ["lora_embedding_A", "lora_embedding_B"]
+    }
+
     fn transposed(&self) -> bool {
         true
     }
@@ -61,19 +65,5 @@ impl Factored for LoraEmbedding {
         let table = self.factors.a().f_tr()?;
         let a = Tensor::f_embedding(&table, indices, form.padding_idx, form.scale_grad_by_freq, form.sparse)?;
         Ok(a.f_matmul(&self.factors.b().f_tr()?)?.f_mul_scalar(self.factors.scaling())?)
-    }
-}
-
-impl LoraLayer for LoraEmbedding {
-    fn tensors(&self) -> Vec<(&'static str, Tensor)> {
-        self.factors.tensors("lora_embedding_A", "lora_embedding_B")
-    }
-
-    fn scaling(&self) -> f64 {
-        self.factors.scaling()
-    }
-
-    fn set_scaling(&self, scaling: f64) {
-        self.factors.set_scaling(scaling);
     }
 }

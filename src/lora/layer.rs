@@ -1,16 +1,19 @@
 //! What all kinds of adapters have in common, and how one is made.
 
 use super::InitLoraWeights;
+use super::config::LoftqConfig;
 use super::conv::LoraConv;
 use super::dora::Dora;
 use super::embedding::LoraEmbedding;
 use super::factors::Factors;
+use super::init::data::LayerData;
 use super::linear::LoraLinear;
 use super::parameter::LoraParameter;
+use super::qalora::QaLora;
 use crate::base::Adapter;
 use crate::error::{Error, Result};
 use crate::ffi::hook::Operator;
-use crate::quant::{PackedWeight, Scheme};
+use crate::quant::PackedWeight;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use tch::{Kind, Tensor};
@@ -28,6 +31,12 @@ impl Default for Switches {
     fn default() -> Self {
         Switches { training: AtomicBool::new(true), enabled: AtomicBool::new(true) }
     }
+}
+
+/// The dtype of what is trained on a weight of this dtype: the one asked for,
+/// else f32, as in PEFT also on a weight of bf16 or f16.
+pub(super) fn parameter_kind(asked: Option<Kind>, weight: Kind) -> Kind {
+    asked.unwrap_or(if weight == Kind::Double { Kind::Double } else { Kind::Float })
 }
 
 /// An adapter on one weight, as a model sees it.
@@ -48,8 +57,13 @@ pub(crate) trait LoraLayer: Adapter {
 }
 
 /// LoRA by two factors, which DoRA builds on.
-pub(super) trait Factored: LoraLayer {
+pub(super) trait Factored: Adapter {
     fn factors(&self) -> &Factors;
+
+    /// The ends of PEFT's keys for A and B.
+    fn keys(&self) -> [&'static str; 2] {
+        ["lora_A.weight", "lora_B.weight"]
+    }
 
     /// Whether the output features are the weight's columns.
     fn transposed(&self) -> bool;
@@ -78,9 +92,40 @@ pub(super) trait Factored: LoraLayer {
     }
 }
 
+impl<L: Factored> LoraLayer for L {
+    fn tensors(&self) -> Vec<(&'static str, Tensor)> {
+        let [a, b] = self.keys();
+        self.factors().tensors(a, b)
+    }
+
+    fn scaling(&self) -> f64 {
+        self.factors().scaling()
+    }
+
+    fn set_scaling(&self, scaling: f64) {
+        self.factors().set_scaling(scaling);
+    }
+
+    fn bias_delta(&self) -> Result<Option<Tensor>> {
+        self.factors().bias_delta()
+    }
+}
+
 /// For an operator of another layer, which `takes_part` keeps away.
 pub(super) fn foreign(layer: &str) -> Error {
     Error::Mismatch { name: "operator".into(), expected: format!("that of {layer}"), found: "another".into() }
+}
+
+/// Whether a convolution runs in the groups that its adapter was made for.
+pub(super) fn same_groups(expected: i64, found: i64) -> Result<bool> {
+    if found == expected {
+        return Ok(true);
+    }
+    Err(Error::Mismatch {
+        name: "groups of an adapted convolution".into(),
+        expected: format!("{expected}, as the base was told"),
+        found: format!("{found}; state it with `Base::declare` and `WeightRole::Conv`"),
+    })
 }
 
 /// The dimension of a result that counts output features.
@@ -126,20 +171,6 @@ pub(crate) enum LayerForm {
     Parameter { is_transposed: bool },
 }
 
-/// How the `loftq` initialisation quantises a weight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct LoftQ {
-    pub(crate) scheme: Scheme,
-    pub(crate) iterations: i64,
-}
-
-/// PEFT's default: nf4, once.
-impl Default for LoftQ {
-    fn default() -> Self {
-        LoftQ { scheme: Scheme::NF4, iterations: 1 }
-    }
-}
-
 /// A new adapter, and what its start did to the weight.
 #[derive(Debug)]
 pub(crate) struct Built {
@@ -160,9 +191,13 @@ pub(crate) struct LayerSpec {
     pub(crate) lora_bias: bool,
     /// Whether magnitude and direction are trained apart.
     pub(crate) use_dora: bool,
+    /// Features in a group of QALoRA's, where it is used.
+    pub(crate) qalora: Option<i64>,
     pub(crate) init: InitLoraWeights,
     /// What `loftq` quantises to.
-    pub(crate) loftq: LoftQ,
+    pub(crate) loftq: LoftqConfig,
+    /// What `eva`, `corda` and `lora_ga` start from.
+    pub(crate) data: Option<Arc<LayerData>>,
     /// The adapter's dtype; by default f32, as PEFT's is, also on a weight of
     /// bf16 or f16.
     pub(crate) kind: Option<Kind>,
@@ -174,20 +209,20 @@ impl LayerSpec {
     /// # Errors
     /// [`Error::Config`] for a combination that makes no sense.
     pub(crate) fn build(&self, weight: &Arc<dyn PackedWeight>, switches: &Arc<Switches>) -> Result<Built> {
-        self.check()?;
-        let kind = self.kind.unwrap_or(match weight.kind() {
-            Kind::Double => Kind::Double,
-            _ => Kind::Float,
-        });
+        self.check(weight.as_ref())?;
+        let kind = parameter_kind(self.kind, weight.kind());
         let mut start = super::init::start(self, weight, kind)?;
         let residual = start.residual.take();
         let weight = residual.as_ref().unwrap_or(weight);
         let factors = Factors::new(start, self, Arc::clone(switches))?;
-        let layer = match self.form {
-            LayerForm::Linear { fan_in_fan_out } => self.finish(LoraLinear::new(factors, fan_in_fan_out), weight),
-            LayerForm::Embedding => self.finish(LoraEmbedding::new(factors), weight),
-            LayerForm::Conv { groups } => self.finish(LoraConv::new(factors, groups), weight),
-            LayerForm::Parameter { is_transposed } => {
+        let layer = match (self.form, self.qalora) {
+            (_, Some(group_size)) => Ok(Arc::new(QaLora::new(factors, group_size)) as Arc<dyn LoraLayer>),
+            (LayerForm::Linear { fan_in_fan_out }, None) => {
+                self.finish(LoraLinear::new(factors, fan_in_fan_out), weight)
+            }
+            (LayerForm::Embedding, None) => self.finish(LoraEmbedding::new(factors), weight),
+            (LayerForm::Conv { groups }, None) => self.finish(LoraConv::new(factors, groups), weight),
+            (LayerForm::Parameter { is_transposed }, None) => {
                 Ok(Arc::new(LoraParameter::new(factors, weight.sizes(), is_transposed)) as Arc<dyn LoraLayer>)
             }
         }?;
@@ -199,10 +234,16 @@ impl LayerSpec {
     }
 
     /// Combinations that make no sense.
-    fn check(&self) -> Result<()> {
+    fn check(&self, weight: &dyn PackedWeight) -> Result<()> {
         let embedding = self.form == LayerForm::Embedding;
         if self.lora_bias && (self.use_dora || embedding) {
             return Err(Error::config("lora_bias", "false with use_dora, and on embeddings", true));
+        }
+        if self.qalora.is_some() && self.form != (LayerForm::Linear { fan_in_fan_out: false }) {
+            return Err(Error::config("use_qalora", "weights (out, in) of linear layers", format!("{:?}", self.form)));
+        }
+        if self.qalora.is_some() {
+            super::qalora::check_scheme(weight.scheme())?;
         }
         if matches!(self.form, LayerForm::Parameter { .. }) {
             let meaningless = [
@@ -227,6 +268,12 @@ impl LayerSpec {
     /// The sizes of A and B on a weight of these sizes.
     pub(super) fn factor_sizes(&self, weight: &[i64]) -> Result<(Vec<i64>, Vec<i64>)> {
         let r = self.r;
+        if let (Some(group_size), [out, inn]) = (self.qalora, weight) {
+            if inn % group_size != 0 {
+                return Err(Error::config("qalora_group_size", format!("a divisor of the {inn} features"), group_size));
+            }
+            return Ok((vec![r, inn / group_size], vec![*out, r]));
+        }
         match (self.form, weight) {
             (LayerForm::Linear { fan_in_fan_out: false }, [out, inn]) => Ok((vec![r, *inn], vec![*out, r])),
             (LayerForm::Linear { fan_in_fan_out: true }, [inn, out]) => Ok((vec![r, *inn], vec![*out, r])),

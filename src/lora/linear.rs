@@ -6,7 +6,7 @@
 
 use super::dropout::{draw_mask, keep};
 use super::factors::Factors;
-use super::layer::{Factored, LoraLayer, OutputChannels, foreign};
+use super::layer::{Factored, OutputChannels, foreign};
 use crate::base::Adapter;
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
@@ -86,24 +86,6 @@ impl Factored for LoraLinear {
         let bias = self.factors.bias().map(|bias| bias.f_to_kind(kind)).transpose()?;
         let u = x.f_linear(&a, None::<&Tensor>)?;
         Ok(u.f_linear(&b, bias.as_ref())?.f_mul_scalar(self.factors.scaling())?)
-    }
-}
-
-impl LoraLayer for LoraLinear {
-    fn tensors(&self) -> Vec<(&'static str, Tensor)> {
-        self.factors.tensors("lora_A.weight", "lora_B.weight")
-    }
-
-    fn scaling(&self) -> f64 {
-        self.factors.scaling()
-    }
-
-    fn set_scaling(&self, scaling: f64) {
-        self.factors.set_scaling(scaling);
-    }
-
-    fn bias_delta(&self) -> Result<Option<Tensor>> {
-        self.factors.bias_delta()
     }
 }
 

@@ -11,7 +11,9 @@ mod factors;
 mod init;
 mod layer;
 mod linear;
+mod lycoris;
 mod parameter;
+mod qalora;
 mod replace;
 mod target;
 mod tied;
@@ -19,12 +21,19 @@ mod tokens;
 
 pub use combine::{Combination, MajoritySign, Merge};
 pub(crate) use combine::{Part, combine, rank};
-pub(crate) use config::FOREIGN;
 pub use config::{
-    Bias, InitLoraWeights, LayerPattern, LayerSettings, LoraConfig, LoraConfigBuilder, OneOrMany, TargetModules,
-    TokenIndices,
+    AdapterConfig, Bias, InitLoraWeights, LayerPattern, LayerSettings, LoftqConfig, LoraConfig, LoraConfigBuilder,
+    OneOrMany, TargetModules, TokenIndices,
 };
-pub(crate) use layer::{Built, LayerForm, LayerSpec, LoftQ, LoraLayer, Switches};
+pub(crate) use config::{FOREIGN, Selection};
+pub use init::data::{CordaConfig, CordaMethod, EvaConfig, LoraGaConfig, LoraGaDirection, LoraGaScale};
+pub(crate) use init::data::{Covariance, Eva, LayerData, Observer};
+pub(crate) use layer::{Built, LayerForm, LayerSpec, LoraLayer, Switches};
+pub(crate) use lycoris::layer as lycoris_layer;
+pub use lycoris::{
+    Loha, LohaConfig, LohaConfigBuilder, Lokr, LokrConfig, LokrConfigBuilder, LokrInit, LycorisConfig,
+    LycorisConfigBuilder,
+};
 pub(crate) use replace::{Replacement, Use};
 pub(crate) use target::{resolve, resolve_parameters};
 pub(crate) use tied::Tied;

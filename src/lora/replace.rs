@@ -1,7 +1,7 @@
 //! A full copy of a weight that is trained in its place: what
 //! `modules_to_save` and `bias` mean.
 
-use super::layer::Switches;
+use super::layer::{Switches, parameter_kind};
 use crate::base::Adapter;
 use crate::error::Result;
 use crate::ffi::hook::Operator;
@@ -32,15 +32,17 @@ pub(crate) enum Use {
 }
 
 impl Replacement {
-    /// A trainable copy, in the weight's own dtype as in PEFT.
-    pub(crate) fn new(weight: &dyn PackedWeight, part: Use, switches: Arc<Switches>) -> Result<Self> {
+    /// A trainable copy, in the dtype of adapters on this weight.
+    pub(crate) fn new(
+        weight: &dyn PackedWeight,
+        part: Use,
+        kind: Option<Kind>,
+        switches: Arc<Switches>,
+    ) -> Result<Self> {
+        let kind = parameter_kind(kind, weight.kind());
         let value = match weight.as_dense() {
-            Some(dense) => {
-                let mut copy = dense.f_empty_like()?;
-                copy.f_copy_(&dense)?;
-                copy
-            }
-            None => weight.dequantize(weight.kind())?,
+            Some(dense) => dense.f_to_dtype(kind, false, true)?,
+            None => weight.dequantize(kind)?,
         };
         Ok(Replacement { value: SharedTensor::new(value.f_set_requires_grad(true)?), part, switches })
     }
@@ -65,7 +67,11 @@ impl Adapter for Replacement {
         if matches!((self.part, lookup), (Use::Lookups, false) | (Use::Products, true)) {
             return frozen(weight, operator);
         }
-        on_dense(&self.value.get(), operator)
+        let value = self.value.get();
+        if lookup {
+            return Ok(on_dense(&value, operator)?.f_to_kind(weight.kind())?);
+        }
+        on_dense(&value.f_to_kind(operator.input().f_kind()?)?, operator)
     }
 
     fn follows_stacks(&self) -> bool {

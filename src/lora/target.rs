@@ -1,7 +1,7 @@
 //! From a configuration to the layers it means, by PEFT's rules.
 
 use super::config::{NO_LOOK_AROUND, compile, layer_number, whole};
-use super::{LoraConfig, TargetModules};
+use super::{Selection, TargetModules};
 use crate::error::{Error, Result};
 use crate::names::{is_within, near, suffix_matches};
 use regex::Regex;
@@ -44,21 +44,20 @@ pub(super) struct Matcher<'a> {
 }
 
 impl<'a> Matcher<'a> {
-    pub(super) fn new(config: &'a LoraConfig) -> Result<Self> {
-        let names = |field, modules: &'a Option<TargetModules>| {
-            modules.as_ref().map(|modules| Names::new(field, modules)).transpose()
-        };
+    pub(super) fn new(selection: &Selection<'a>) -> Result<Self> {
+        let names =
+            |field, modules: Option<&'a TargetModules>| modules.map(|modules| Names::new(field, modules)).transpose();
         let any = [String::new()];
-        let patterns = match config.layers_pattern() {
+        let patterns = match selection.lists() {
             [] => &any,
             patterns => patterns,
         };
         let numbers = patterns.iter().map(|name| regex("layers_pattern", &layer_number(name)));
         Ok(Matcher {
-            target: names("target_modules", &config.target_modules)?,
-            excluded: names("exclude_modules", &config.exclude_modules)?,
-            saved: config.modules_to_save(),
-            layers: config.layers_to_transform(),
+            target: names("target_modules", selection.target_modules)?,
+            excluded: names("exclude_modules", selection.exclude_modules)?,
+            saved: selection.modules_to_save,
+            layers: selection.layers(),
             numbers: numbers.collect::<Result<_>>()?,
         })
     }
@@ -92,32 +91,33 @@ fn regex(field: &str, pattern: &str) -> Result<Regex> {
     compile(pattern).map_err(|reason| Error::config(field, NO_LOOK_AROUND, format!("{pattern:?} ({reason})")))
 }
 
-/// The paths among `linears` that the configuration means, in their order.
+/// The paths among `linears` that are meant, in their order.
 ///
 /// # Errors
 /// [`Error::NoTarget`] if nothing matches, or if one entry of a list doesn't;
 /// [`Error::Config`] if the target matches and its filters leave nothing.
-pub(crate) fn resolve(config: &LoraConfig, linears: &[&str]) -> Result<Vec<String>> {
+pub(crate) fn resolve(selection: &Selection, linears: &[&str]) -> Result<Vec<String>> {
     let none = |target: &str| Error::NoTarget { target: target.into(), near: near(target, linears.iter().copied()) };
-    if let Some(TargetModules::List(list)) = &config.target_modules {
+    let wanted = || selection.target_modules.map_or(String::new(), ToString::to_string);
+    if let Some(TargetModules::List(list)) = selection.target_modules {
         for entry in list {
             if !linears.iter().any(|path| suffix_matches(path, entry)) {
                 return Err(none(entry));
             }
         }
     }
-    let matcher = Matcher::new(config)?;
+    let matcher = Matcher::new(selection)?;
     let found: Vec<String> = linears.iter().filter(|path| matcher.matches(path)).map(|s| s.to_string()).collect();
     if !found.is_empty() {
         return Ok(found);
     }
     // Parameters alone may be targeted, and an empty list says so too.
-    let no_modules = match &config.target_modules {
+    let no_modules = match selection.target_modules {
         None => true,
         Some(TargetModules::List(list)) => list.is_empty(),
         Some(_) => false,
     };
-    if no_modules && !config.target_parameters().is_empty() {
+    if no_modules && !selection.target_parameters.is_empty() {
         return Ok(found);
     }
     let target = matcher.target.as_ref();
@@ -125,10 +125,10 @@ pub(crate) fn resolve(config: &LoraConfig, linears: &[&str]) -> Result<Vec<Strin
         return Err(Error::config(
             "target_modules",
             "modules that exclude_modules, modules_to_save and layers_to_transform leave over",
-            config.target_modules.as_ref().map_or(String::new(), ToString::to_string),
+            wanted(),
         ));
     }
-    Err(none(&config.target_modules.as_ref().map_or(String::new(), ToString::to_string)))
+    Err(none(&wanted()))
 }
 
 /// The names among `names` that `target_parameters` means, in their order: an
@@ -137,8 +137,8 @@ pub(crate) fn resolve(config: &LoraConfig, linears: &[&str]) -> Result<Vec<Strin
 /// # Errors
 /// [`Error::NoTarget`] if an entry matches nothing; [`Error::Config`] for a
 /// parameter at the root, whose module can't be wrapped.
-pub(crate) fn resolve_parameters(config: &LoraConfig, names: &[&str]) -> Result<Vec<String>> {
-    let entries = config.target_parameters();
+pub(crate) fn resolve_parameters(selection: &Selection, names: &[&str]) -> Result<Vec<String>> {
+    let entries = selection.target_parameters;
     for entry in entries {
         let found: Vec<_> = names.iter().filter(|name| suffix_matches(name, entry)).collect();
         if found.is_empty() {
@@ -155,6 +155,7 @@ pub(crate) fn resolve_parameters(config: &LoraConfig, names: &[&str]) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lora::LoraConfig;
 
     const PATHS: [&str; 5] = ["h.0.q_proj", "h.0.v_proj", "h.1.q_proj", "h.1.xq_proj", "lm_head"];
 
@@ -163,7 +164,7 @@ mod tests {
     }
 
     fn found(target: impl Into<TargetModules>) -> Vec<String> {
-        resolve(&config(target), &PATHS).unwrap()
+        resolve(&config(target).selection(), &PATHS).unwrap()
     }
 
     #[test]
@@ -177,13 +178,13 @@ mod tests {
 
     #[test]
     fn what_matches_nothing_is_named_with_near_names() {
-        let error = resolve(&config(["q_proj", "k_proj"]), &PATHS).unwrap_err();
+        let error = resolve(&config(["q_proj", "k_proj"]).selection(), &PATHS).unwrap_err();
         let Error::NoTarget { target, near } = &error else { panic!("{error}") };
         assert_eq!(target, "k_proj");
         assert!(near.contains(&"h.0.q_proj".to_string()), "{near:?}");
-        assert!(resolve(&config("q_proj"), &PATHS).is_err(), "a pattern must match the whole path");
+        assert!(resolve(&config("q_proj").selection(), &PATHS).is_err(), "a pattern must match the whole path");
         let filtered = LoraConfig::builder().target_modules(["q_proj"]).exclude_modules(["q_proj"]).build().unwrap();
-        let error = resolve(&filtered, &PATHS).unwrap_err();
+        let error = resolve(&filtered.selection(), &PATHS).unwrap_err();
         assert!(matches!(&error, Error::Config { field, .. } if field == "target_modules"), "{error}");
         let look_around = LoraConfig::builder().target_modules("(?=x)").build().unwrap_err();
         assert!(look_around.to_string().contains("look-around"), "{look_around}");

@@ -27,6 +27,11 @@ impl Tied {
         Tied { embedding, dropout, switches }
     }
 
+    /// Of the output layer: looked up rows aren't dropped.
+    fn live_dropout(&self) -> f64 {
+        if self.switches.training.load(Ordering::Relaxed) { self.dropout } else { 0.0 }
+    }
+
     /// A' and B'.
     pub(crate) fn output_factors(layer: &dyn LoraLayer) -> Result<Option<[Tensor; 2]>> {
         match layer.tensors().as_slice() {
@@ -45,7 +50,8 @@ impl Adapter for Tied {
         match (*operator, Tied::output_factors(self.embedding.as_ref())?) {
             (Operator::Linear { x, transposed: false, .. }, Some([a, b])) => {
                 let kind = x.f_kind()?;
-                let u = x.f_linear(&a.f_to_kind(kind)?, None::<&Tensor>)?;
+                let dropped = x.f_dropout(self.live_dropout(), self.live_dropout() > 0.0)?;
+                let u = dropped.f_linear(&a.f_to_kind(kind)?, None::<&Tensor>)?;
                 Ok(Some(u.f_linear(&b.f_to_kind(kind)?, None::<&Tensor>)?.f_mul_scalar(self.scaling())?))
             }
             _ => self.embedding.addition(weight, operator),
@@ -55,8 +61,7 @@ impl Adapter for Tied {
     fn apply(&self, weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Result<Tensor> {
         match (*operator, Tied::output_factors(self.embedding.as_ref())?) {
             (Operator::Linear { x, bias, transposed: false }, Some([a, b])) => {
-                let dropout = if self.switches.training.load(Ordering::Relaxed) { self.dropout } else { 0.0 };
-                let low_rank = LowRank { a, b, bias: None, scaling: self.scaling(), dropout };
+                let low_rank = LowRank { a, b, bias: None, scaling: self.scaling(), dropout: self.live_dropout() };
                 adapted(LinearMap::new(weight, false), x, bias, &low_rank)
             }
             _ => self.embedding.apply(weight, operator),

@@ -1,6 +1,6 @@
 //! Rows of a table that are trained as they are: `trainable_token_indices`.
 
-use super::layer::Switches;
+use super::layer::{Switches, parameter_kind};
 use crate::base::Adapter;
 use crate::error::{Error, Result};
 use crate::ffi::hook::Operator;
@@ -37,7 +37,7 @@ impl TokenRows {
             let expected = format!("rows below {count}, which {name} has");
             return Err(Error::config("trainable_token_indices", expected, row));
         }
-        let kind = kind.unwrap_or(if table.kind() == Kind::Double { Kind::Double } else { Kind::Float });
+        let kind = parameter_kind(kind, table.kind());
         let device = table.device();
         let index = Tensor::from_slice(rows).f_to_device(device)?;
         let mut value = Tensor::f_empty([rows.len() as i64, dim], (kind, device))?;

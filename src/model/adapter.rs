@@ -7,13 +7,14 @@ use crate::base::{Adapter, Base, Site, WeightRole};
 use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft};
 use crate::lora::{
-    Bias, Built, InitLoraWeights, LayerForm, LayerSettings, LayerSpec, LoftQ, LoraConfig, LoraLayer, Replacement,
-    Switches, TargetModules, Tied, TokenIndices, TokenRows, Use,
+    self, AdapterConfig, Bias, Built, InitLoraWeights, LayerData, LayerForm, LayerSettings, LayerSpec, LoraConfig,
+    LoraLayer, Replacement, Switches, Tied, TokenIndices, TokenRows, Use,
 };
 use crate::names;
-use crate::quant::{PackedWeight, Scheme};
-use std::collections::{HashMap, HashSet};
+use crate::quant::PackedWeight;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
+use tch::Tensor;
 
 /// The adapter that a model starts with, as in PEFT.
 pub(super) const DEFAULT: &str = "default";
@@ -26,7 +27,7 @@ pub(super) type BySite<'a> = HashMap<*const Site, (&'a Arc<Site>, Vec<Arc<dyn Ad
 pub(super) struct NamedAdapter {
     pub(super) name: String,
     /// With `all-linear` resolved to paths, and patterns settled.
-    pub(super) config: LoraConfig,
+    pub(super) config: AdapterConfig,
     /// The modules with A and B, sorted by path.
     pub(super) layers: Vec<Layer>,
     /// Full copies: `modules_to_save` and biases.
@@ -41,6 +42,22 @@ pub(super) struct NamedAdapter {
     /// What takes the place of weights that its initialisation was taken out
     /// of; empty once that is done.
     pub(super) residuals: Vec<(Arc<Site>, Arc<dyn PackedWeight>)>,
+    /// Its tensors before training, where only data can take it out of the base
+    /// again: then it is saved as what it learnt since.
+    pub(super) initial: Option<BTreeMap<String, Tensor>>,
+}
+
+/// How A and B start, with what data said about the layers at their paths.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Init<'a> {
+    pub(super) init: InitLoraWeights,
+    pub(super) data: Option<&'a HashMap<String, Arc<LayerData>>>,
+}
+
+impl From<InitLoraWeights> for Init<'_> {
+    fn from(init: InitLoraWeights) -> Self {
+        Init { init, data: None }
+    }
 }
 
 /// A and B on one weight.
@@ -80,34 +97,36 @@ pub(super) struct Tokens {
 
 impl NamedAdapter {
     /// A new adapter beside the base, in which nothing takes part yet.
-    pub(super) fn build<M>(
+    pub(super) fn build<'a, M>(
         name: &str,
         base: &Base<M>,
-        mut config: LoraConfig,
-        init: InitLoraWeights,
+        mut config: AdapterConfig,
+        init: impl Into<Init<'a>>,
         switches: &Arc<Switches>,
     ) -> Result<Self> {
         check_name(name)?;
         config.check_supported()?;
+        let init = init.into();
         let targets = targets(base, &config)?;
         let names = targets.names();
         let mut taken = HashSet::new();
         let mut residuals = Vec::new();
         let mut layers: Vec<Layer> = Vec::with_capacity(targets.all.len());
-        for Target { path, key_path, weight, form, settings, dropout, outputs } in targets.all {
-            let site = weight.site_or_attach()?;
+        for target in targets.all {
+            let site = target.weight.site_or_attach()?;
             // A tied weight may have one adapter for each of its uses.
-            let form_of_use = form == LayerForm::Embedding;
+            let form_of_use = target.form == LayerForm::Embedding;
             if !taken.insert((Arc::as_ptr(&site), form_of_use)) {
                 let first = layers.iter().find(|layer| Arc::ptr_eq(&layer.site, &site));
-                let found = format!("{path} and {}, which share one weight", first.map_or("", |layer| &layer.path));
+                let first = first.map_or("", |layer| &layer.path);
+                let found = format!("{} and {first}, which share one weight", target.path);
                 return Err(Error::config("target_modules", "one name of a tied weight", found));
             }
-            let spec = LayerSpec { dropout, ..layer_spec(&config, settings, init, form, &path)? };
-            let Built { layer, residual } = spec.build(&site.frozen(), switches)?;
+            let Built { layer, residual } = layer(&config, &target, init, &site.frozen(), switches)?;
+            let Target { path, key_path, form, settings, dropout, outputs, .. } = target;
             residuals.extend(residual.map(|residual| (Arc::clone(&site), residual)));
             let layer = match form {
-                LayerForm::Embedding if config.ensure_weight_tying => {
+                LayerForm::Embedding if config.ensure_weight_tying() => {
                     Arc::new(Tied::new(layer, dropout, Arc::clone(switches))) as Arc<dyn LoraLayer>
                 }
                 _ => layer,
@@ -125,7 +144,7 @@ impl NamedAdapter {
                 return Err(Error::config("modules_to_save", "one name of a tied weight", found));
             }
         }
-        let tokens = tokens(base, &config, switches)?;
+        let tokens = config.as_lora().map_or(Ok(Vec::new()), |config| tokens(base, config, switches))?;
         for table in &tokens {
             let sites = layers.iter().map(|layer| &layer.site).chain(saved.iter().map(|saved| &saved.site));
             if sites.into_iter().any(|site| Arc::ptr_eq(site, &table.site)) {
@@ -133,14 +152,11 @@ impl NamedAdapter {
                 return Err(Error::config("trainable_token_indices", expected, &table.path));
             }
         }
-        // PEFT writes what `all-linear` meant, as a list of paths.
-        config.settle(&names);
-        if config.target_modules == Some(TargetModules::AllLinear) {
-            config.target_modules = Some(TargetModules::List(targets.modules));
-        }
+        config.settle(&names, targets.modules);
         let name = name.to_string();
         let report = None;
-        Ok(NamedAdapter { name, config, layers, saved, tokens, trainable: true, scale: 1.0, report, residuals })
+        let (trainable, scale, initial) = (true, 1.0, None);
+        Ok(NamedAdapter { name, config, layers, saved, tokens, trainable, scale, report, residuals, initial })
     }
 
     /// Every weight that it changes, with what changes it.
@@ -175,7 +191,7 @@ impl NamedAdapter {
         if self.name != DEFAULT {
             for parameter in &mut all {
                 parameter.name = match parameter.name.rsplit_once('.') {
-                    Some((head, end)) if end.starts_with("lora_") => format!("{head}.{end}.{}", self.name),
+                    Some((head, end)) if names_adapter(end) => format!("{head}.{end}.{}", self.name),
                     Some((head, end)) => format!("{head}.{}.{end}", self.name),
                     None => format!("{}.{}", parameter.name, self.name),
                 };
@@ -190,6 +206,26 @@ impl NamedAdapter {
             let _ = parameter.tensor.f_set_requires_grad(on)?;
         }
         Ok(())
+    }
+
+    /// Keeps a copy of its tensors, if they were taken out of the base.
+    pub(super) fn keep_initial(&mut self) -> Result<()> {
+        if self.residuals.is_empty() {
+            return Ok(());
+        }
+        let copy = |p: NamedParameter| {
+            let mut copy = p.tensor.f_detach()?.f_empty_like()?;
+            copy.f_copy_(&p.tensor.f_detach()?)?;
+            Ok((p.name, copy))
+        };
+        self.initial = Some(self.tensors().into_iter().map(copy).collect::<Result<_>>()?);
+        Ok(())
+    }
+
+    /// Its configuration, for what only LoRA has.
+    pub(super) fn lora_config(&self, what: &str) -> Result<&LoraConfig> {
+        let other = || Error::config("peft_type", format!("LORA for {what}"), self.config.peft_type());
+        self.config.as_lora().ok_or_else(other)
     }
 
     /// Multiplies the scales that the configuration gives.
@@ -211,11 +247,37 @@ pub(super) fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// What the adapter of a weight with this role is made from.
+/// Whether the last part of a key is the adapter's own, and not that of a
+/// tensor in a module of its own.
+fn names_adapter(end: &str) -> bool {
+    ["lora_", "hada_", "lokr_"].iter().any(|prefix| end.starts_with(prefix))
+}
+
+/// The adapter of a target's weight, and what its start leaves of the weight.
+fn layer(
+    config: &AdapterConfig,
+    target: &Target,
+    init: Init,
+    weight: &Arc<dyn PackedWeight>,
+    switches: &Arc<Switches>,
+) -> Result<Built> {
+    let Target { path, form, settings, dropout, .. } = target;
+    let layer = match config {
+        AdapterConfig::Lora(config) => {
+            let spec = LayerSpec { dropout: *dropout, ..layer_spec(config, *settings, init, *form, path)? };
+            return spec.build(weight, switches);
+        }
+        AdapterConfig::Loha(config) => lora::lycoris_layer(config, *settings, *form, path, weight, switches)?,
+        AdapterConfig::Lokr(config) => lora::lycoris_layer(config, *settings, *form, path, weight, switches)?,
+    };
+    Ok(Built { layer, residual: None })
+}
+
+/// What the LoRA of a weight of this form is made from.
 fn layer_spec(
     config: &LoraConfig,
     settings: LayerSettings,
-    init: InitLoraWeights,
+    init: Init,
     form: LayerForm,
     path: &str,
 ) -> Result<LayerSpec> {
@@ -229,27 +291,12 @@ fn layer_spec(
         dropout: config.lora_dropout,
         lora_bias: config.lora_bias,
         use_dora: config.use_dora,
-        init,
-        loftq: loftq(config)?,
+        qalora: config.use_qalora().then(|| config.qalora_group_size()),
+        init: init.init,
+        loftq: config.loftq_config()?,
+        data: init.data.and_then(|data| data.get(path)).cloned(),
         kind: config.dtype,
     })
-}
-
-/// PEFT's `loftq_config`: the bits and the number of iterations.
-fn loftq(config: &LoraConfig) -> Result<LoftQ> {
-    let field = |key: &str, default: i64| {
-        let value = config.other("loftq_config").and_then(|fields| fields.get(key));
-        value.map_or(Some(default), serde_json::Value::as_i64).unwrap_or(-1)
-    };
-    let scheme = match field("loftq_bits", 4) {
-        4 => LoftQ::default().scheme,
-        8 => Scheme::Int8,
-        bits => return Err(Error::config("loftq_config", "loftq_bits of 4 or 8", bits)),
-    };
-    match field("loftq_iter", 1) {
-        iterations if iterations >= 1 => Ok(LoftQ { scheme, iterations }),
-        iterations => Err(Error::config("loftq_config", "a loftq_iter of at least 1", iterations)),
-    }
 }
 
 /// The tables of which rows are trained.
@@ -314,13 +361,13 @@ fn tied_table<'a, M>(base: &'a Base<M>, entry: &str) -> Option<&'a str> {
 /// the adapted modules.
 fn saved<M>(
     base: &Base<M>,
-    config: &LoraConfig,
+    config: &AdapterConfig,
     targets: &HashSet<&str>,
     wrapped: &Wrapped,
     switches: &Arc<Switches>,
 ) -> Result<Vec<Saved>> {
-    let entries = config.modules_to_save();
-    if entries.is_empty() && config.bias == Bias::None {
+    let (entries, bias) = (config.selection().modules_to_save, config.bias());
+    if entries.is_empty() && bias == Bias::None {
         return Ok(Vec::new());
     }
     let module = |name: &str| name.rsplit_once('.').map_or(String::new(), |(module, _)| module.to_string());
@@ -331,7 +378,7 @@ fn saved<M>(
         let entry = entries.iter().find(|entry| names::is_within(&path, entry));
         let end = weight.name.rsplit('.').next().unwrap_or_default();
         let (targeted, is_wrapped) = (targets.contains(path.as_str()), wrapped.contains(&path));
-        let key = match (entry, config.bias) {
+        let key = match (entry, bias) {
             (Some(entry), _) => {
                 used.insert(entry);
                 wrapped.key(&path, end)
@@ -349,7 +396,7 @@ fn saved<M>(
         }
         let tied = tied::others(base.weights(), weight);
         let (weight, key, part) = match tied::source(base.weights(), weight) {
-            Some(source) if !tied.is_empty() && entry.is_some() && config.ensure_weight_tying => {
+            Some(source) if !tied.is_empty() && entry.is_some() && config.ensure_weight_tying() => {
                 (source, wrapped.key(source.module_path().unwrap_or_default(), "weight"), Use::All)
             }
             Some(source) if !tied.is_empty() => {
@@ -367,7 +414,7 @@ fn saved<M>(
         };
         let outputs = outputs.iter().filter_map(|other| Some(other.module_path()?.to_string())).collect();
         let site = weight.site_or_attach()?;
-        let copy = Arc::new(Replacement::new(site.frozen().as_ref(), part, Arc::clone(switches))?);
+        let copy = Arc::new(Replacement::new(site.frozen().as_ref(), part, config.dtype(), Arc::clone(switches))?);
         saved.push(Saved { key, outputs, site, copy });
     }
     // PEFT adds entries by the task that a model need not have.

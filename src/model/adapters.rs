@@ -1,10 +1,10 @@
 //! Adding, choosing, renaming and deleting adapters.
 
 use super::adapter::{BySite, NamedAdapter, check_name};
-use super::{BASE_ROW, LoraModel};
+use super::{BASE_ROW, LoraModel, init_of};
 use crate::base::Site;
 use crate::error::{Error, Result};
-use crate::lora::{LoraConfig, OneOrMany};
+use crate::lora::{AdapterConfig, OneOrMany};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -64,7 +64,7 @@ impl<M> LoraModel<M> {
     ///
     /// # Errors
     /// [`Error::Config`] for a name that the model doesn't have.
-    pub fn adapter_config(&self, name: &str) -> Result<&LoraConfig> {
+    pub fn adapter_config(&self, name: &str) -> Result<&AdapterConfig> {
         Ok(&self.named(name)?.config)
     }
 
@@ -74,9 +74,10 @@ impl<M> LoraModel<M> {
     /// # Errors
     /// [`Error::Config`] for a name that is taken or can't name a folder; those
     /// of [`LoraModel::wrap`]. Nothing is changed then.
-    pub fn add_adapter(&mut self, name: &str, config: LoraConfig) -> Result<()> {
+    pub fn add_adapter(&mut self, name: &str, config: impl Into<AdapterConfig>) -> Result<()> {
         self.refuse_taken(name)?;
-        let init = config.init_lora_weights;
+        let config = config.into();
+        let init = init_of(&config);
         let adapter = NamedAdapter::build(name, &self.base, config, init, &self.switches)?;
         self.push(adapter)
     }
@@ -268,7 +269,7 @@ fn refuse_residuals(adapter: &NamedAdapter) -> Result<()> {
     if adapter.residuals.is_empty() {
         return Ok(());
     }
-    let found = format!("{:?}", adapter.config.init_lora_weights.name().unwrap_or_default());
+    let found = format!("{:?}", init_of(&adapter.config).name().unwrap_or_default());
     let expected = "one that leaves the base as it is, for an adapter that isn't a model's first";
     Err(Error::config("init_lora_weights", expected, found))
 }

@@ -184,7 +184,7 @@ impl<M> LoraModel<M> {
             .iter()
             .map(|layer| Ok(OutgoingLayer { path: &layer.path, settings: layer.settings, tensors: tensors(layer)? }));
         let adapter = Outgoing {
-            config: &adapter.config,
+            config: adapter.lora_config("another program's layout")?,
             layers: layers.collect::<Result<_>>()?,
             base: self.base.weights().layers().map(|(path, _)| path).collect(),
         };
@@ -200,7 +200,15 @@ impl<M> LoraModel<M> {
 
 impl NamedAdapter {
     fn files(&self, dtype: Option<Kind>) -> Result<Vec<(String, Vec<u8>)>> {
-        let (tensors, config) = self.contents(dtype)?;
+        let (tensors, config) = match &self.initial {
+            None => self.contents(dtype)?,
+            Some(initial) => {
+                let (tensors, config) = self.as_lora(initial)?;
+                let cast =
+                    |(name, tensor): (String, Tensor)| Ok((name, tensor.f_to_kind(dtype.unwrap_or(tensor.kind()))?));
+                (tensors.into_iter().map(cast).collect::<Result<_>>()?, peft::config_to_json(&config)?)
+            }
+        };
         Ok(vec![
             (peft::WEIGHTS_FILE.to_string(), safetensors::serialize(&tensors)?),
             (peft::CONFIG_FILE.to_string(), config),
@@ -210,7 +218,7 @@ impl NamedAdapter {
     /// Its tensors, not copied where they are of the dtype, and its configuration.
     fn contents(&self, dtype: Option<Kind>) -> Result<(BTreeMap<String, Tensor>, Vec<u8>)> {
         let mut config = self.config.clone();
-        config.other.insert("inference_mode".into(), true.into());
+        config.other_mut().insert("inference_mode".into(), true.into());
         let mut tensors = BTreeMap::new();
         for NamedParameter { name, tensor } in self.tensors().into_iter().chain(self.tied_tensors()?) {
             let kind = dtype.unwrap_or(tensor.f_kind()?);
@@ -229,8 +237,7 @@ fn read<M>(name: &str, base: &Base<M>, file: &AdapterFile, switches: &Arc<Switch
     // The values are loaded over the initial ones: any will do, and PEFT's
     // `false` alone would cost a second draw. But what an initialisation took
     // out of the base must be taken out again.
-    let init =
-        if config.init_lora_weights.changes_base() { config.init_lora_weights } else { InitLoraWeights::Default };
+    let init = Some(super::init_of(&config)).filter(|init| init.changes_base()).unwrap_or(InitLoraWeights::Default);
     let mut adapter = NamedAdapter::build(name, base, config, init, switches)?;
     adapter.take_tied(&mut tensors)?;
     let parameters = adapter.tensors();

@@ -237,15 +237,13 @@ impl<M> LoraModel<M> {
                 sites.entry(Arc::as_ptr(site)).or_insert((site, Vec::new())).1.push(part);
             }
         }
-        for (site, adapters) in sites.into_values() {
-            merged.push(merge(site, adapters.into(), options)?);
+        let mut biases = self.bias_sums(names)?;
+        for (at, (site, parts)) in sites {
+            merged.push(merge(site, parts, biases.remove(&at), options)?);
         }
-        for bias in self.merged_biases(names)? {
-            if let Some(replaced) = merged.iter().find(|merged| Arc::ptr_eq(&merged.site, &bias.site)) {
-                let expected = "no bias of lora_B where the base's bias is trained too";
-                return Err(Error::config("lora_bias", expected, replaced.site.name()));
-            }
-            merged.push(bias);
+        for bias in biases.into_values() {
+            let site = Arc::clone(&bias.site);
+            merged.push(merge(&site, Vec::new(), Some(bias), &MergeOptions::new())?);
         }
         merged.sort_by(|a, b| a.report.name.cmp(&b.report.name));
         Ok(merged)
@@ -254,7 +252,7 @@ impl<M> LoraModel<M> {
     /// A weight with several names has one value: what changes one of its uses
     /// only can't be merged into it.
     fn refuse_untied(&self, adapter: &NamedAdapter) -> Result<()> {
-        if adapter.config.ensure_weight_tying {
+        if adapter.config.ensure_weight_tying() {
             return Ok(());
         }
         let layers = adapter.layers.iter().map(|layer| &layer.site);
@@ -274,38 +272,38 @@ impl<M> LoraModel<M> {
         }
     }
 
-    /// The base's biases with those of `lora_B` added: b' = b + Σ s · b_B.
-    fn merged_biases(&self, names: &[String]) -> Result<Vec<Merged>> {
-        type Sum = (Tensor, Vec<Arc<dyn Adapter>>);
-        let mut sums: HashMap<&str, Sum> = HashMap::new();
+    /// What the biases of `lora_B` add to those of the base: Σ s · b_B.
+    fn bias_sums(&self, names: &[String]) -> Result<HashMap<*const Site, BiasSum>> {
+        let mut sums: HashMap<*const Site, BiasSum> = HashMap::new();
         let _no_grad = tch::no_grad_guard();
         for name in names {
             for layer in &self.named(name)?.layers {
-                let Some(bias) = layer.lora.bias_delta()? else { continue };
+                let Some(delta) = layer.lora.bias_delta()? else { continue };
+                let name = format!("{}.bias", layer.path);
+                let Some(bias) = self.base.weights().iter().find(|weight| weight.name == name) else {
+                    let expected = "a bias in every layer that is merged with a bias of lora_B";
+                    return Err(Error::config("lora_bias", expected, format!("none in {}", layer.path)));
+                };
+                let site = bias.site_or_attach()?;
                 let adapter = Arc::clone(&layer.lora) as Arc<dyn Adapter>;
-                match sums.get_mut(layer.path.as_str()) {
-                    Some((sum, adapters)) => {
-                        *sum = sum.f_add(&bias)?;
-                        adapters.push(adapter);
+                match sums.get_mut(&Arc::as_ptr(&site)) {
+                    Some(sum) => {
+                        sum.delta = sum.delta.f_add(&delta)?;
+                        sum.adapters.push(adapter);
                     }
-                    None => drop(sums.insert(&layer.path, (bias, vec![adapter]))),
+                    None => drop(sums.insert(Arc::as_ptr(&site), BiasSum { site, delta, adapters: vec![adapter] })),
                 }
             }
         }
-        let mut merged = Vec::new();
-        for (path, (delta, adapters)) in sums {
-            let name = format!("{path}.bias");
-            let Some(bias) = self.base.weights().iter().find(|weight| weight.name == name) else {
-                let expected = "a bias in every layer that is merged with a bias of lora_B";
-                return Err(Error::config("lora_bias", expected, format!("none in {path}")));
-            };
-            let site = bias.site_or_attach()?;
-            let frozen = site.frozen();
-            let base = values(frozen.as_ref(), delta.f_kind()?)?;
-            merged.push(finish(&site, base, delta, adapters.into(), None, frozen.kind())?);
-        }
-        Ok(merged)
+        Ok(sums)
     }
+}
+
+/// What adapters of a layer's weight add to its bias.
+struct BiasSum {
+    site: Arc<Site>,
+    delta: Tensor,
+    adapters: Vec<Arc<dyn Adapter>>,
 }
 
 /// All values of a weight, dense.
@@ -316,19 +314,28 @@ fn values(weight: &dyn PackedWeight, kind: Kind) -> Result<Tensor> {
     }
 }
 
-/// W' = W + Σ ΔW, each ΔW on the frozen weight.
-fn merge(site: &Arc<Site>, adapters: Adapters, options: &MergeOptions) -> Result<Merged> {
+/// W' = W + Σ ΔW, each ΔW on the frozen weight, and what `bias` adds.
+fn merge(
+    site: &Arc<Site>,
+    mut adapters: Vec<Arc<dyn Adapter>>,
+    bias: Option<BiasSum>,
+    options: &MergeOptions,
+) -> Result<Merged> {
     let _no_grad = tch::no_grad_guard();
     let frozen = site.frozen();
     let wide = if frozen.kind() == Kind::Double { Kind::Double } else { Kind::Float };
     let base = values(frozen.as_ref(), wide)?;
     let mut delta = base.f_zeros_like()?;
-    for adapter in adapters.iter() {
+    for adapter in &adapters {
         delta = delta.f_add(&adapter.delta(&frozen, wide)?)?;
+    }
+    if let Some(bias) = bias {
+        delta = delta.f_add(&bias.delta)?.f_to_kind(wide)?;
+        adapters.extend(bias.adapters);
     }
     let scheme = frozen.scheme().filter(|_| options.requantize);
     let kind = options.dtype.unwrap_or(frozen.kind());
-    finish(site, base, delta, adapters, scheme, kind)
+    finish(site, base, delta, adapters.into(), scheme, kind)
 }
 
 /// Rounds or packs W + ΔW, and measures what that lost.

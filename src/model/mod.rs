@@ -3,6 +3,7 @@
 mod adapter;
 mod adapters;
 mod convert;
+mod data;
 mod files;
 mod forward;
 mod merge;
@@ -22,7 +23,7 @@ pub use summary::Summary;
 use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::format::LoadReport;
-use crate::lora::{LoraConfig, Switches};
+use crate::lora::{AdapterConfig, InitLoraWeights, Switches};
 use crate::quant::QuantConfig;
 use adapter::{DEFAULT, NamedAdapter};
 use std::sync::Arc;
@@ -38,7 +39,8 @@ pub struct NamedParameter {
     pub tensor: Tensor,
 }
 
-/// A base model with LoRA adapters on its weights.
+/// A base model with adapters on its weights: of LoRA and its variants, LoHa or
+/// LoKr.
 ///
 /// It starts with one adapter, called `default`, and can hold more, each with a
 /// configuration of its own; those that are active are summed.
@@ -80,15 +82,18 @@ impl<M> LoraModel<M> {
     /// Puts a new adapter, called `default`, on the weights that `config`
     /// targets, freezes everything else, and starts in training mode.
     ///
-    /// A and B are drawn from libtorch's default generator in the order of the
+    /// `config` is a [`LoraConfig`](crate::LoraConfig), a
+    /// [`LohaConfig`](crate::LohaConfig) or a [`LokrConfig`](crate::LokrConfig).
+    /// The adapter's tensors are drawn from libtorch's default generator in the order of the
     /// weights' names; call [`tch::manual_seed`] before for repeatable values.
     ///
     /// # Errors
     /// [`Error::NoTarget`] if nothing matches, or one entry of a list doesn't;
     /// [`Error::Unsupported`] for a feature that this version lacks;
     /// [`Error::AlreadyAdapted`]. Nothing is changed then.
-    pub fn wrap(base: impl Into<Base<M>>, config: LoraConfig) -> Result<Self> {
-        let init = config.init_lora_weights;
+    pub fn wrap(base: impl Into<Base<M>>, config: impl Into<AdapterConfig>) -> Result<Self> {
+        let config = config.into();
+        let init = init_of(&config);
         Self::start(base.into(), |base, switches| NamedAdapter::build(DEFAULT, base, config, init, switches))
     }
 
@@ -142,7 +147,7 @@ impl<M> LoraModel<M> {
 
     /// The configuration of the first adapter, with `all-linear` resolved to
     /// paths; of another, see [`LoraModel::adapter_config`].
-    pub fn config(&self) -> &LoraConfig {
+    pub fn config(&self) -> &AdapterConfig {
         &self.first.config
     }
 
@@ -153,7 +158,7 @@ impl<M> LoraModel<M> {
     }
 
     /// The tensors of all adapters, sorted by name within each: A (r, in) and B
-    /// (out, r) of every adapted layer, and full copies.
+    /// (out, r) of every layer that LoRA adapts, and full copies.
     pub fn parameters(&self) -> Vec<NamedParameter> {
         self.all().flat_map(NamedAdapter::parameters).collect()
     }
@@ -191,6 +196,11 @@ impl<M> LoraModel<M> {
         let base: u64 = self.base.weights().iter().map(|w| w.tensor.numel() as u64).sum();
         Summary { trainable, total: base + adapters }
     }
+}
+
+/// How LoRA's A and B start; other kinds of adapters have a start of their own.
+fn init_of(config: &AdapterConfig) -> InitLoraWeights {
+    config.as_lora().map_or(InitLoraWeights::Default, |config| config.init_lora_weights)
 }
 
 /// Adapters stay off while this lives; see [`LoraModel::disable_adapters`].

@@ -12,7 +12,7 @@ use super::tied;
 use crate::base::{Base, Weight, WeightRole};
 use crate::error::{Error, Result};
 use crate::format::peft;
-use crate::lora::{self, LayerForm, LayerSettings, LoraConfig, TargetModules};
+use crate::lora::{self, AdapterConfig, LayerForm, LayerSettings, LoraConfig, TargetModules};
 use crate::names;
 use std::collections::{BTreeMap, HashSet};
 
@@ -93,10 +93,10 @@ impl Wrapped {
 }
 
 /// The weights that the configuration means, modules before parameters.
-pub(super) fn targets<'a, M>(base: &'a Base<M>, config: &LoraConfig) -> Result<Targets<'a>> {
+pub(super) fn targets<'a, M>(base: &'a Base<M>, config: &AdapterConfig) -> Result<Targets<'a>> {
     let candidates = candidates(base, config);
     let paths: Vec<&str> = candidates.iter().map(|(path, _)| *path).collect();
-    let modules = lora::resolve(config, &paths)?;
+    let modules = lora::resolve(&config.selection(), &paths)?;
     let wanted: HashSet<&str> = modules.iter().map(String::as_str).collect();
     let chosen: Vec<_> = candidates.into_iter().filter(|(path, _)| wanted.contains(path)).collect();
     let chosen = tied::tie(base.weights(), config, chosen)?;
@@ -111,6 +111,7 @@ pub(super) fn targets<'a, M>(base: &'a Base<M>, config: &LoraConfig) -> Result<T
     }
     check_saved(base, config, &parameters)?;
 
+    let dropout = config.as_lora().map_or(0.0, LoraConfig::lora_dropout);
     let settings = config.layer_settings(chosen.iter().map(|(path, _)| *path));
     let mut all = Vec::with_capacity(chosen.len());
     for ((path, weight), settings) in chosen.iter().zip(settings) {
@@ -125,7 +126,7 @@ pub(super) fn targets<'a, M>(base: &'a Base<M>, config: &LoraConfig) -> Result<T
             push(path, wrapped.at(path, 0), weight, 0.0);
             push(&format!("{path}.out_proj"), wrapped.inside(&format!("{path}.out_proj")), output, 0.0);
         } else if !path.strip_suffix(".out_proj").is_some_and(|attention| wrapped.contains(attention)) {
-            push(path, wrapped.inside(path), weight, config.lora_dropout);
+            push(path, wrapped.inside(path), weight, dropout);
         }
     }
     for (module, weights) in parameters {
@@ -134,17 +135,16 @@ pub(super) fn targets<'a, M>(base: &'a Base<M>, config: &LoraConfig) -> Result<T
             let form =
                 LayerForm::Parameter { is_transposed: weight.role == WeightRole::Experts { is_transposed: true } };
             let (path, key_path) = (weight.name.clone(), wrapped.at(module, within));
-            let (dropout, outputs) = (config.lora_dropout, Vec::new());
-            all.push(Target { path, key_path, weight, form, settings, dropout, outputs });
+            all.push(Target { path, key_path, weight, form, settings, dropout, outputs: Vec::new() });
         }
     }
     Ok(Targets { all, modules, wrapped })
 }
 
 /// The modules that `target_modules` chooses among, with their weights.
-fn candidates<'a, M>(base: &'a Base<M>, config: &LoraConfig) -> Vec<(&'a str, &'a Weight)> {
+fn candidates<'a, M>(base: &'a Base<M>, config: &AdapterConfig) -> Vec<(&'a str, &'a Weight)> {
     // `all-linear` means linear layers; a name may mean any kind.
-    if config.target_modules == Some(TargetModules::AllLinear) {
+    if config.selection().target_modules == Some(&TargetModules::AllLinear) {
         return base.weights().linears().collect();
     }
     let is_stack = |weight: &Weight| matches!(weight.role, WeightRole::Experts { .. });
@@ -167,8 +167,11 @@ fn is_fused(weight: &Weight) -> bool {
 }
 
 /// The output layer of an attention, which is adapted with it.
-fn output_of<'a, M>(base: &'a Base<M>, config: &LoraConfig, path: &str) -> Result<&'a Weight> {
+fn output_of<'a, M>(base: &'a Base<M>, config: &AdapterConfig, path: &str) -> Result<&'a Weight> {
     let refused = |field, expected: &str| Err(Error::config(field, expected, format!("the attention {path}")));
+    let Some(config) = config.as_lora() else {
+        return refused("target_modules", "LoRA where an attention is adapted as a whole");
+    };
     for (field, on) in [("use_dora", config.use_dora), ("lora_bias", config.lora_bias)] {
         if on {
             return refused(field, "false where an attention is adapted as a whole");
@@ -188,13 +191,14 @@ fn output_of<'a, M>(base: &'a Base<M>, config: &LoraConfig, path: &str) -> Resul
 }
 
 /// What the adapter of a module with this role is like.
-fn layer_form(config: &LoraConfig, role: WeightRole) -> LayerForm {
+fn layer_form(config: &AdapterConfig, role: WeightRole) -> LayerForm {
+    let fan_in_fan_out = config.as_lora().is_some_and(LoraConfig::fan_in_fan_out);
     match role {
         WeightRole::Embedding => LayerForm::Embedding,
         WeightRole::Conv { groups } => LayerForm::Conv { groups },
         // As in PEFT, a module's class decides where it is known.
         WeightRole::Conv1D => LayerForm::Linear { fan_in_fan_out: true },
-        WeightRole::Linear => LayerForm::Linear { fan_in_fan_out: config.fan_in_fan_out },
+        WeightRole::Linear => LayerForm::Linear { fan_in_fan_out },
         // An attention's.
         WeightRole::Experts { .. } | WeightRole::Other => LayerForm::Linear { fan_in_fan_out: false },
     }
@@ -203,12 +207,12 @@ fn layer_form(config: &LoraConfig, role: WeightRole) -> LayerForm {
 /// What `target_parameters` means, by module and in the order of their making.
 fn parameters<'a, M>(
     base: &'a Base<M>,
-    config: &LoraConfig,
+    config: &AdapterConfig,
     modules: &HashSet<&str>,
 ) -> Result<BTreeMap<&'a str, Vec<&'a Weight>>> {
     let names: Vec<&str> = base.weights().iter().map(|weight| weight.name.as_str()).collect();
-    let meant: HashSet<String> = lora::resolve_parameters(config, &names)?.into_iter().collect();
-    if config.fan_in_fan_out && !meant.is_empty() {
+    let meant: HashSet<String> = lora::resolve_parameters(&config.selection(), &names)?.into_iter().collect();
+    if config.as_lora().is_some_and(LoraConfig::fan_in_fan_out) && !meant.is_empty() {
         return Err(Error::config("fan_in_fan_out", "false with target_parameters", true));
     }
     let mut by_module: BTreeMap<&str, Vec<&Weight>> = BTreeMap::new();
@@ -232,11 +236,11 @@ fn parameters<'a, M>(
 
 /// What is trained as a whole must not lie in the wrapper of a parameter: PEFT
 /// can't hold it.
-fn check_saved<M>(base: &Base<M>, config: &LoraConfig, parameters: &BTreeMap<&str, Vec<&Weight>>) -> Result<()> {
+fn check_saved<M>(base: &Base<M>, config: &AdapterConfig, parameters: &BTreeMap<&str, Vec<&Weight>>) -> Result<()> {
     let wrapped = Wrapped(parameters.keys().map(|module| (module.to_string(), 1)).collect());
     for weight in base.weights().iter() {
         let path = weight.name.rsplit_once('.').map_or("", |(module, _)| module);
-        if let Some(entry) = config.modules_to_save().iter().find(|entry| names::is_within(path, entry))
+        if let Some(entry) = config.selection().modules_to_save.iter().find(|entry| names::is_within(path, entry))
             && let Some(module) = wrapped.around(path)
         {
             let found = format!("{entry}, in {module}");

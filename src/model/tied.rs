@@ -5,7 +5,7 @@ use super::adapter::NamedAdapter;
 use crate::base::{Weight, WeightRole, Weights};
 use crate::error::{Error, Result};
 use crate::format::peft;
-use crate::lora::{LoraConfig, Tied};
+use crate::lora::{AdapterConfig, LoraConfig, Tied};
 use std::collections::BTreeMap;
 use tch::Tensor;
 
@@ -25,7 +25,7 @@ pub(super) fn source<'a>(weights: &'a Weights, weight: &'a Weight) -> Option<&'a
 /// place of all that share it.
 pub(super) fn tie<'a>(
     weights: &'a Weights,
-    config: &LoraConfig,
+    config: &AdapterConfig,
     chosen: Vec<(&'a str, &'a Weight)>,
 ) -> Result<Vec<(&'a str, &'a Weight)>> {
     let is_tied = |weight: &Weight| weight.tied.is_some() && source(weights, weight).is_some();
@@ -35,7 +35,9 @@ pub(super) fn tie<'a>(
         }
         return Ok(chosen);
     }
-    if config.use_dora() && chosen.iter().any(|(_, weight)| weight.role == WeightRole::Embedding || is_tied(weight)) {
+    if config.as_lora().is_some_and(LoraConfig::use_dora)
+        && chosen.iter().any(|(_, weight)| weight.role == WeightRole::Embedding || is_tied(weight))
+    {
         return Err(Error::config("use_dora", "false where ensure_weight_tying ties an adapter", true));
     }
     let mut tied: Vec<(&str, &Weight)> = Vec::new();

@@ -3,7 +3,7 @@
 use super::LoraModel;
 use super::adapter::NamedAdapter;
 use crate::error::{Error, Result};
-use crate::lora::{Bias, Combination, InitLoraWeights, LoraConfig, Part, TargetModules, combine, rank};
+use crate::lora::{Bias, Combination, InitLoraWeights, LayerPattern, LoraConfig, Part, TargetModules, combine, rank};
 use std::collections::BTreeMap;
 use tch::Tensor;
 
@@ -44,6 +44,10 @@ impl<M> LoraModel<M> {
         let [(first, _), ..] = sources.as_slice() else {
             return Err(Error::config("adapters", "at least one", "none"));
         };
+        let tied = first.config.ensure_weight_tying();
+        if let Some((other, _)) = sources.iter().find(|(other, _)| other.config.ensure_weight_tying() != tied) {
+            return Err(Error::config("ensure_weight_tying", format!("{tied} in all adapters"), &other.name));
+        }
         let mut parts: BTreeMap<&str, Vec<Part>> = BTreeMap::new();
         for (adapter, weight) in &sources {
             for layer in &adapter.layers {
@@ -74,8 +78,8 @@ impl<M> LoraModel<M> {
             ranks.push((path.to_string(), rank(path, &combination, parts)?));
             factors.push(combine(path, &combination, parts)?);
         }
-        let config = config_of(&first.config, &ranks)?;
-        let new = NamedAdapter::build(name, &self.base, config, InitLoraWeights::Default, &self.switches)?;
+        let config = config_of(first.lora_config(COMBINATION)?, &ranks)?;
+        let new = NamedAdapter::build(name, &self.base, config.into(), InitLoraWeights::Default, &self.switches)?;
         let _no_grad = tch::no_grad_guard();
         for (layer, (a, b)) in new.layers.iter().zip(factors) {
             for ((_, mut tensor), value) in layer.lora.tensors().into_iter().zip([a, b]) {
@@ -86,9 +90,11 @@ impl<M> LoraModel<M> {
     }
 }
 
+const COMBINATION: &str = "a weighted combination";
+
 /// Refuses what has no weighted sum.
 fn check_source(adapter: &NamedAdapter) -> Result<()> {
-    let config = &adapter.config;
+    let config = adapter.lora_config(COMBINATION)?;
     let found = if config.use_dora {
         "use_dora"
     } else if config.lora_bias {
@@ -119,12 +125,11 @@ fn config_of(first: &LoraConfig, ranks: &[(String, i64)]) -> Result<LoraConfig> 
         *counts.entry(*r).or_default() += 1;
     }
     let r = counts.into_iter().max_by_key(|(_, count)| *count).map_or(first.r, |(r, _)| r);
-    let exact = |path: &str| format!("^{}", regex::escape(path));
     let others = || ranks.iter().filter(|(_, other)| *other != r);
     let mut config = first.clone();
     (config.r, config.lora_alpha, config.use_rslora) = (r, r as f64, false);
-    config.rank_pattern = crate::lora::LayerPattern::new(others().map(|(path, r)| (exact(path), *r)));
-    config.alpha_pattern = crate::lora::LayerPattern::new(others().map(|(path, r)| (exact(path), *r as f64)));
+    config.rank_pattern = LayerPattern::of_paths(others().map(|(path, r)| (path, *r)));
+    config.alpha_pattern = LayerPattern::of_paths(others().map(|(path, r)| (path, *r as f64)));
     config.target_modules = Some(TargetModules::List(ranks.iter().map(|(path, _)| path.clone()).collect()));
     (config.exclude_modules, config.layers_to_transform, config.layers_pattern) = (None, None, None);
     config.init_lora_weights = InitLoraWeights::Default;

@@ -104,6 +104,11 @@ pub(crate) struct Rows {
 impl Rows {
     /// Checks that x has `inn` features.
     pub(crate) fn new(inn: i64, x: &Tensor) -> Result<Self> {
+        Rows::in_kind(inn, x, autocast_kind(x.device()).unwrap_or(x.f_kind()?))
+    }
+
+    /// The same, to compute in this dtype.
+    pub(crate) fn in_kind(inn: i64, x: &Tensor, kind: Kind) -> Result<Self> {
         let shape = x.size();
         if shape.last() != Some(&inn) {
             return Err(Error::Mismatch {
@@ -112,7 +117,6 @@ impl Rows {
                 found: format!("{shape:?}"),
             });
         }
-        let kind = autocast_kind(x.device()).unwrap_or(x.f_kind()?);
         let _no_grad = tch::no_grad_guard();
         Ok(Rows { matrix: as_matrix(x, inn)?.f_to_kind(kind)?, shape })
     }

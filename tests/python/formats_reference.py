@@ -381,10 +381,11 @@ FUSED = {
 OTHERS = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
-    "time_in_in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in_out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in_in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
 }
 
 
@@ -404,23 +405,25 @@ def make_flux(out: Path, answer) -> None:
         key = f"lora_unet_single_blocks_{block}_linear2"
         tensors[f"{key}.lora_down.weight"] = draw(4, single.proj_out.in_features)
         tensors[f"{key}.lora_up.weight"] = draw(single.proj_out.out_features, 4)
-    for name, path in OTHERS.items():
-        layer = flux().get_submodule(path)
-        tensors[f"lora_unet_{name}.lora_down.weight"] = draw(2, layer.in_features)
-        tensors[f"lora_unet_{name}.lora_up.weight"] = draw(layer.out_features, 2)
     save_file(tensors, out / "flux.safetensors")
     model = flux()
     parts = ["vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
     FluxPipeline(transformer=model, **dict.fromkeys(parts)).load_lora_weights(out / "flux.safetensors")
-    assert len(adapters_of(model)) == 2 * (2 * sum(map(len, FUSED.values())) + 2 + len(OTHERS))
+    assert len(adapters_of(model)) == 2 * (2 * sum(map(len, FUSED.values())) + 2)
     answer("flux", flux=model)
 
-    # Single blocks, whose sizes diffusers has fixed: by the sum itself.
+    # By the sum itself: single blocks, whose sizes diffusers has fixed, and the layers around the blocks, whose
+    # keys it converts without their component, and then leaves out.
     a, b = draw(2, 16), draw(3 * 16 + 64, 2)
     key = "diffusion_model.single_blocks.1.linear1"
     file = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b, f"{key}.alpha": torch.tensor(5.0)}
-    save_file(file, out / "flux_single.safetensors")
     model = flux()
+    for name, path in OTHERS.items():
+        layer = model.get_submodule(path)
+        down, up = draw(2, layer.in_features), draw(layer.out_features, 2)
+        file |= {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
+        layer.weight += up @ down
+    save_file(file, out / "flux_single.safetensors")
     block = model.single_transformer_blocks[1]
     layers = [block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp]
     for layer, delta in zip(layers, (5.0 / 2 * b @ a).split([16, 16, 16, 64]), strict=True):

@@ -386,7 +386,9 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
         # Traced for evaluation: attention's fast path is not part of training.
         traced = torch.jit.trace(model.train(), (xs[0],), check_trace=False)
         traced.save(str(folder / "model.pt"))
-        peft_model = get_peft_model(based(model, base, dtype), LoraConfig(**copy.deepcopy(settings)))
+        settings = copy.deepcopy(settings)
+        kind = settings.pop("kind", LoraConfig)
+        peft_model = get_peft_model(based(model, base, dtype), kind(**settings))
         repair(peft_model)
         if not case.startswith("init"):
             randomise(peft_model, seed=1)
@@ -410,6 +412,8 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
         if x.is_floating_point():
             record |= snapshot(f"{step}.", {"x_grad": x.grad})
         parameters = adapters(peft_model)
+        for p in parameters.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         record |= snapshot(f"{step}.grad.", {key(name): p.grad for name, p in parameters.items()})
         with torch.no_grad():
             for p in parameters.values():
@@ -418,7 +422,7 @@ def make(case: str, base: str, dtype: torch.dtype, out: Path) -> dict:
     with torch.no_grad():
         record |= snapshot("", {"trained": peft_model.eval()(xs[0])})
     peft_model.save_pretrained(folder / "trained", save_embedding_layers=False)
-    if case.startswith(("parameter", "attention")):
+    if case.startswith(("parameter", "attention")) or (kind is not LoraConfig and dtype == torch.float32):
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             record |= snapshot("", {"merged": peft_model.merge_and_unload()(xs[0])})

@@ -37,8 +37,7 @@ LLAMA_CASES = {
 # Each by itself.
 OTHER_FEATURES = {
     "dora": dict(use_dora=True),
-    "qalora": dict(use_qalora=True),
-    "tying": dict(ensure_weight_tying=True),
+    "alora": dict(alora_invocation_tokens=[1, 2]),
     "lora_bias": dict(lora_bias=True),
     "bias": dict(bias="lora_only"),
     "modules_to_save": dict(modules_to_save=["head"]),

@@ -75,7 +75,7 @@ def make(case: str, out: Path) -> None:
     with torch.no_grad():
         record = {"ids": ids, "labels": labels, "before": model.eval()(ids).logits}
     for step in range(STEPS):
-        # Dropout is that of tests with one use of random numbers; here it is off.
+        # In evaluation, which has no dropout.
         loss = F.cross_entropy(model.eval()(ids).logits.flatten(0, 1), labels.flatten())
         loss.backward()
         with torch.no_grad():

@@ -1,9 +1,67 @@
 //! The builder of `LoraConfig`.
 
-use super::{Bias, InitLoraWeights, LayerPattern, LoraConfig, OneOrMany, TargetModules, TokenIndices};
+use super::{Bias, InitLoraWeights, LayerPattern, LoftqConfig, LoraConfig, OneOrMany, TargetModules, TokenIndices};
 use crate::error::Result;
-use serde_json::json;
+use crate::lora::init::data::{CordaConfig, EvaConfig, LoraGaConfig};
+use serde_json::{Value, json};
 use tch::Kind;
+
+/// The setters of what every kind of adapter's configuration has.
+macro_rules! shared_setters {
+    () => {
+        /// Rank, at least 1.
+        pub fn r(self, r: i64) -> Self {
+            self.with(|c| c.r = r)
+        }
+
+        /// Names or a regular expression of modules that are left out although the
+        /// target means them.
+        pub fn exclude_modules(self, modules: impl Into<TargetModules>) -> Self {
+            self.with(|c| c.exclude_modules = Some(modules.into()))
+        }
+
+        /// Adapts in these layers only: the first number in a module's path, after
+        /// at least one other segment. Entries of the target that are whole paths
+        /// count in any layer. For a target that is a list.
+        pub fn layers_to_transform(self, layers: impl Into<OneOrMany<i64>>) -> Self {
+            self.with(|c| c.layers_to_transform = Some(layers.into()))
+        }
+
+        /// The names of the lists of layers, where `layers_to_transform` must not
+        /// count the first number of a path: `h`, `layers`, …
+        pub fn layers_pattern(self, names: impl Into<OneOrMany<String>>) -> Self {
+            self.with(|c| c.layers_pattern = Some(names.into()))
+        }
+
+        /// Ranks of some of the layers, see [`LayerPattern`].
+        pub fn rank_pattern<S: Into<String>>(self, ranks: impl IntoIterator<Item = (S, i64)>) -> Self {
+            self.with(|c| c.rank_pattern = LayerPattern::new(ranks))
+        }
+
+        /// Numerators of the scale of some of the layers, see [`LayerPattern`].
+        pub fn alpha_pattern<S: Into<String>>(self, alphas: impl IntoIterator<Item = (S, f64)>) -> Self {
+            self.with(|c| c.alpha_pattern = LayerPattern::new(alphas))
+        }
+
+        /// Modules of which a full copy is trained and saved: whole paths or their
+        /// last segments.
+        pub fn modules_to_save<S: Into<String>>(self, modules: impl IntoIterator<Item = S>) -> Self {
+            self.with(|c| c.modules_to_save = Some(modules.into_iter().map(Into::into).collect()))
+        }
+
+        /// What the model is for, as PEFT names it: `CAUSAL_LM`, `SEQ_CLS`, …
+        /// Recorded for other programs.
+        pub fn task_type(self, name: &str) -> Self {
+            self.with(|c| drop(c.other.insert("task_type".into(), json!(name))))
+        }
+
+        /// Where the base came from. Recorded for other programs.
+        pub fn base_model_name_or_path(self, name: &str) -> Self {
+            self.with(|c| drop(c.other.insert("base_model_name_or_path".into(), json!(name))))
+        }
+    };
+}
+pub(in crate::lora) use shared_setters;
 
 /// Makes a [`LoraConfig`].
 #[derive(Debug, Clone, Default)]
@@ -18,10 +76,7 @@ impl LoraConfigBuilder {
         self
     }
 
-    /// Rank of the adapters, at least 1.
-    pub fn r(self, r: i64) -> Self {
-        self.with(|c| c.r = r)
-    }
+    shared_setters!();
 
     /// The numerator of the scale, see [`LoraConfig::scaling`].
     pub fn lora_alpha(self, alpha: f64) -> Self {
@@ -37,41 +92,6 @@ impl LoraConfigBuilder {
     /// A list of names, a regular expression, or `"all-linear"`.
     pub fn target_modules(self, target: impl Into<TargetModules>) -> Self {
         self.with(|c| c.target_modules = Some(target.into()))
-    }
-
-    /// Names or a regular expression of modules that are left out although the
-    /// target means them.
-    pub fn exclude_modules(self, modules: impl Into<TargetModules>) -> Self {
-        self.with(|c| c.exclude_modules = Some(modules.into()))
-    }
-
-    /// Adapts in these layers only: the first number in a module's path, after
-    /// at least one other segment. Entries of the target that are whole paths
-    /// count in any layer. For a target that is a list.
-    pub fn layers_to_transform(self, layers: impl Into<OneOrMany<i64>>) -> Self {
-        self.with(|c| c.layers_to_transform = Some(layers.into()))
-    }
-
-    /// The names of the lists of layers, where `layers_to_transform` must not
-    /// count the first number of a path: `h`, `layers`, …
-    pub fn layers_pattern(self, names: impl Into<OneOrMany<String>>) -> Self {
-        self.with(|c| c.layers_pattern = Some(names.into()))
-    }
-
-    /// Ranks of some of the layers, see [`LayerPattern`].
-    pub fn rank_pattern<S: Into<String>>(self, ranks: impl IntoIterator<Item = (S, i64)>) -> Self {
-        self.with(|c| c.rank_pattern = LayerPattern::new(ranks))
-    }
-
-    /// Numerators of the scale of some of the layers, see [`LayerPattern`].
-    pub fn alpha_pattern<S: Into<String>>(self, alphas: impl IntoIterator<Item = (S, f64)>) -> Self {
-        self.with(|c| c.alpha_pattern = LayerPattern::new(alphas))
-    }
-
-    /// Modules of which a full copy is trained and saved: whole paths or their
-    /// last segments.
-    pub fn modules_to_save<S: Into<String>>(self, modules: impl IntoIterator<Item = S>) -> Self {
-        self.with(|c| c.modules_to_save = Some(modules.into_iter().map(Into::into).collect()))
     }
 
     /// Which biases of the base are trained.
@@ -104,6 +124,46 @@ impl LoraConfigBuilder {
         self.with(|c| c.init_lora_weights = init.into())
     }
 
+    /// How `init_lora_weights` of `eva` goes about it.
+    pub fn eva_config(self, config: EvaConfig) -> Self {
+        self.part("eva_config", json!(config))
+    }
+
+    /// How `init_lora_weights` of `corda` goes about it. PEFT's fields for files
+    /// of its own are left out.
+    pub fn corda_config(self, config: CordaConfig) -> Self {
+        let files = json!({
+            "cache_file": null, "covariance_file": null, "corda_method": config.corda_method,
+            "prune_temporary_fields": true, "use_float16_for_covariance": false, "verbose": false,
+        });
+        self.part("corda_config", files)
+    }
+
+    /// How `init_lora_weights` of `lora_ga` goes about it.
+    pub fn lora_ga_config(self, config: LoraGaConfig) -> Self {
+        self.part("lora_ga_config", json!(config))
+    }
+
+    /// How `init_lora_weights` of `loftq` goes about it.
+    pub fn loftq_config(self, config: LoftqConfig) -> Self {
+        self.part("loftq_config", config.to_json())
+    }
+
+    /// Pools inputs over groups of features (QALoRA, arXiv:2309.14717), on
+    /// linear layers that are quantised in groups.
+    pub fn use_qalora(self, on: bool) -> Self {
+        self.part("use_qalora", json!(on))
+    }
+
+    /// Features in a group of QALoRA's, by default 16.
+    pub fn qalora_group_size(self, size: i64) -> Self {
+        self.part("qalora_group_size", json!(size))
+    }
+
+    fn part(self, key: &str, value: Value) -> Self {
+        self.with(|c| drop(c.other.insert(key.into(), value)))
+    }
+
     /// Rows of embeddings that are trained as they are: of the input
     /// embedding, or of each module named.
     pub fn trainable_token_indices(self, rows: impl Into<TokenIndices>) -> Self {
@@ -128,23 +188,13 @@ impl LoraConfigBuilder {
         self.with(|c| c.layer_replication = Some(ranges.into_iter().collect()))
     }
 
-    /// The dtype that A and B are kept and trained in. By default f32, also on
+    /// The dtype that A and B, and the copies of `modules_to_save`, biases and
+    /// token rows, are kept and trained in. By default f32, also on
     /// a base of bf16 or f16, as in PEFT; f64 on a base of f64. The products
     /// run in the dtype of the model's activations, whatever this is. A file
     /// keeps the dtype that the tensors have.
     pub fn dtype(self, kind: Kind) -> Self {
         self.with(|c| c.dtype = Some(kind))
-    }
-
-    /// What the model is for, as PEFT names it: `CAUSAL_LM`, `SEQ_CLS`, …
-    /// Recorded for other programs.
-    pub fn task_type(self, name: &str) -> Self {
-        self.with(|c| drop(c.other.insert("task_type".into(), json!(name))))
-    }
-
-    /// Where the base came from. Recorded for other programs.
-    pub fn base_model_name_or_path(self, name: &str) -> Self {
-        self.with(|c| drop(c.other.insert("base_model_name_or_path".into(), json!(name))))
     }
 
     /// Checks the values.

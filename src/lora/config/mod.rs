@@ -1,21 +1,74 @@
 //! `LoraConfig`, with PEFT's names, defaults and meaning.
 
+mod any;
 mod builder;
+mod loftq;
 mod pattern;
+mod selection;
 mod support;
 mod validate;
 mod values;
 
+pub use any::AdapterConfig;
 pub use builder::LoraConfigBuilder;
+pub(in crate::lora) use builder::shared_setters;
+pub use loftq::LoftqConfig;
 pub use pattern::LayerPattern;
+pub(crate) use selection::Selection;
 pub(crate) use support::FOREIGN;
 use support::means_nothing;
 pub(in crate::lora) use validate::{layer_number, whole};
 pub use values::{Bias, InitLoraWeights, OneOrMany, TargetModules, TokenIndices};
 
+use super::init::data::{CordaConfig, EvaConfig, LoraGaConfig};
+use crate::error::Error;
 use regex::Regex;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tch::Kind;
+
+/// The accessors of what every kind of adapter's configuration has.
+macro_rules! shared_accessors {
+    () => {
+        /// Rank, where `rank_pattern` says nothing else.
+        pub fn r(&self) -> i64 {
+            self.r
+        }
+
+        /// Which layers are adapted; `None` for a configuration from a file that
+        /// targets parameters only.
+        pub fn target_modules(&self) -> Option<&TargetModules> {
+            self.target_modules.as_ref()
+        }
+
+        /// Which layers are left out although the target means them.
+        pub fn exclude_modules(&self) -> Option<&TargetModules> {
+            self.exclude_modules.as_ref()
+        }
+
+        /// Ranks of some of the layers.
+        pub fn rank_pattern(&self) -> &LayerPattern<i64> {
+            &self.rank_pattern
+        }
+
+        /// Numerators of the scale of some of the layers.
+        pub fn alpha_pattern(&self) -> &LayerPattern<f64> {
+            &self.alpha_pattern
+        }
+
+        /// Modules of which a full copy is trained and saved.
+        pub fn modules_to_save(&self) -> &[String] {
+            self.modules_to_save.as_deref().unwrap_or_default()
+        }
+
+        /// A field of `adapter_config.json` that has no accessor of its own, as it
+        /// stands in the file: `task_type`, `base_model_name_or_path`, …
+        pub fn other(&self, key: &str) -> Option<&Value> {
+            self.other.get(key).filter(|value| !value.is_null())
+        }
+    };
+}
+pub(in crate::lora) use shared_accessors;
 
 /// What to adapt, and with which rank, scale and dropout.
 ///
@@ -101,15 +154,12 @@ pub struct LayerSettings {
 }
 
 impl LoraConfig {
+    shared_accessors!();
+
     /// A builder with PEFT's defaults: r 8, alpha 8, no dropout. The target
     /// has none and must be given.
     pub fn builder() -> LoraConfigBuilder {
         LoraConfigBuilder::default()
-    }
-
-    /// Rank of the adapters, where `rank_pattern` says nothing else.
-    pub fn r(&self) -> i64 {
-        self.r
     }
 
     /// The numerator of the scale, where `alpha_pattern` says nothing else.
@@ -122,17 +172,6 @@ impl LoraConfig {
         self.lora_dropout
     }
 
-    /// Which layers are adapted; `None` for a configuration from a file that
-    /// targets parameters only.
-    pub fn target_modules(&self) -> Option<&TargetModules> {
-        self.target_modules.as_ref()
-    }
-
-    /// Which layers are left out although the target means them.
-    pub fn exclude_modules(&self) -> Option<&TargetModules> {
-        self.exclude_modules.as_ref()
-    }
-
     /// The numbers of the layers in which targets count; empty for all.
     pub fn layers_to_transform(&self) -> &[i64] {
         self.layers_to_transform.as_ref().map_or(&[], OneOrMany::as_slice)
@@ -141,21 +180,6 @@ impl LoraConfig {
     /// The names of the lists of layers that `layers_to_transform` counts.
     pub fn layers_pattern(&self) -> &[String] {
         self.layers_pattern.as_ref().map_or(&[], OneOrMany::as_slice)
-    }
-
-    /// Ranks of some of the layers.
-    pub fn rank_pattern(&self) -> &LayerPattern<i64> {
-        &self.rank_pattern
-    }
-
-    /// Numerators of the scale of some of the layers.
-    pub fn alpha_pattern(&self) -> &LayerPattern<f64> {
-        &self.alpha_pattern
-    }
-
-    /// Modules of which a full copy is trained and saved.
-    pub fn modules_to_save(&self) -> &[String] {
-        self.modules_to_save.as_deref().unwrap_or_default()
     }
 
     /// Which biases of the base are trained.
@@ -214,10 +238,52 @@ impl LoraConfig {
         self.dtype
     }
 
-    /// A field of `adapter_config.json` that has no accessor of its own, as it
-    /// stands in the file: `task_type`, `base_model_name_or_path`, …
-    pub fn other(&self, key: &str) -> Option<&Value> {
-        self.other.get(key).filter(|value| !value.is_null())
+    /// How `eva` goes about it, by default as in PEFT.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) for a value of another form.
+    pub fn eva_config(&self) -> crate::Result<EvaConfig> {
+        self.part::<EvaConfig>("eva_config")?.validate()
+    }
+
+    /// How `corda` goes about it, by default as in PEFT.
+    ///
+    /// # Errors
+    /// As [`LoraConfig::eva_config`].
+    pub fn corda_config(&self) -> crate::Result<CordaConfig> {
+        self.part("corda_config")
+    }
+
+    /// How `lora_ga` goes about it, by default as in PEFT.
+    ///
+    /// # Errors
+    /// As [`LoraConfig::eva_config`].
+    pub fn lora_ga_config(&self) -> crate::Result<LoraGaConfig> {
+        self.part("lora_ga_config")
+    }
+
+    /// How `loftq` goes about it, by default as in PEFT: nf4, once.
+    ///
+    /// # Errors
+    /// As [`LoraConfig::eva_config`].
+    pub fn loftq_config(&self) -> crate::Result<LoftqConfig> {
+        LoftqConfig::read(self.other("loftq_config"))
+    }
+
+    /// Whether inputs are pooled over groups of features (QALoRA).
+    pub fn use_qalora(&self) -> bool {
+        self.other("use_qalora").and_then(Value::as_bool).unwrap_or(false)
+    }
+
+    /// Features in a group of QALoRA's.
+    pub fn qalora_group_size(&self) -> i64 {
+        self.other("qalora_group_size").and_then(Value::as_i64).unwrap_or(16)
+    }
+
+    /// A configuration within it, kept in the form of the file.
+    fn part<T: DeserializeOwned + Default>(&self, key: &str) -> crate::Result<T> {
+        let Some(value) = self.other(key) else { return Ok(T::default()) };
+        T::deserialize(value).map_err(|error| Error::config(key, format!("PEFT's fields ({error})"), value))
     }
 
     /// The factor s of ΔW = s · B · A: alpha/r (LoRA, arXiv:2106.09685), or
@@ -252,40 +318,36 @@ impl LoraConfig {
     /// [`Error::Config`](crate::Error::Config) for a regular expression that
     /// can't be compiled.
     pub fn matched<'a>(&self, paths: impl IntoIterator<Item = &'a str>) -> crate::Result<Vec<&'a str>> {
-        let matcher = super::target::Matcher::new(self)?;
+        let matcher = super::target::Matcher::new(&self.selection())?;
         Ok(paths.into_iter().filter(|path| matcher.matches(path)).collect())
+    }
+
+    /// Which modules it means.
+    pub(crate) fn selection(&self) -> Selection<'_> {
+        Selection {
+            target_modules: self.target_modules.as_ref(),
+            exclude_modules: self.exclude_modules.as_ref(),
+            layers_to_transform: self.layers_to_transform.as_ref(),
+            layers_pattern: self.layers_pattern.as_ref(),
+            modules_to_save: self.modules_to_save(),
+            target_parameters: self.target_parameters(),
+        }
     }
 
     /// `field: recorded …, given …` for each field that changes training and
     /// differs in `given`. Targets are compared as sets.
     pub fn differences(&self, given: &LoraConfig) -> Vec<String> {
-        let pairs = self.trained_by().into_iter().zip(given.trained_by());
-        pairs
-            .filter(|((_, recorded), (_, given))| recorded != given)
-            .map(|((field, recorded), (_, given))| format!("{field}: recorded {recorded}, given {given}"))
-            .collect()
+        any::differences(self.trained_by(), given.trained_by())
     }
 
     /// The fields that change training, each in a form to compare and to read.
-    fn trained_by(&self) -> Vec<(&'static str, String)> {
-        let sorted = |target: &Option<TargetModules>| {
-            let mut target = target.clone();
-            if let Some(TargetModules::List(list)) = &mut target {
-                list.sort();
-            }
-            target.map_or("none".to_string(), |target| format!("{target:?}"))
-        };
+    pub(super) fn trained_by(&self) -> Vec<(&'static str, String)> {
         let mut fields = vec![
             ("r", self.r.to_string()),
             ("lora_alpha", self.lora_alpha.to_string()),
             ("lora_dropout", self.lora_dropout.to_string()),
-            ("target_modules", sorted(&self.target_modules)),
-            ("exclude_modules", sorted(&self.exclude_modules)),
-            ("layers_to_transform", format!("{:?}", self.layers_to_transform())),
-            ("layers_pattern", format!("{:?}", self.layers_pattern())),
             ("rank_pattern", format!("{:?}", self.rank_pattern.entries().collect::<Vec<_>>())),
             ("alpha_pattern", format!("{:?}", self.alpha_pattern.entries().collect::<Vec<_>>())),
-            ("modules_to_save", format!("{:?}", self.modules_to_save())),
             ("bias", format!("{:?}", self.bias)),
             ("lora_bias", self.lora_bias.to_string()),
             ("fan_in_fan_out", self.fan_in_fan_out.to_string()),
@@ -296,27 +358,18 @@ impl LoraConfig {
             ("target_parameters", format!("{:?}", self.target_parameters())),
             ("ensure_weight_tying", self.ensure_weight_tying.to_string()),
             ("layer_replication", format!("{:?}", self.layer_replication())),
+            ("qalora_group_size", self.qalora_group_size().to_string()),
         ];
-        for (key, _) in FOREIGN {
-            let value = self.other.get(key).filter(|value| !means_nothing(value));
-            fields.push((key, value.map_or("none".to_string(), Value::to_string)));
+        fields.extend(self.selection().fields());
+        for key in FOREIGN.into_iter().map(|(key, _)| key).chain(["loftq_config"]) {
+            let value = self.other.get(key).filter(|value| !means_nothing(value)).cloned();
+            let text = value.map_or("none".to_string(), |mut value| {
+                value.sort_all_objects();
+                value.to_string()
+            });
+            fields.push((key, text));
         }
         fields
-    }
-
-    /// Puts `rank_pattern` and `alpha_pattern` into an order that survives a
-    /// save, for an adapter on the modules at `paths`.
-    pub(crate) fn settle(&mut self, paths: &[String]) {
-        for (field, unmatched) in [
-            ("rank_pattern", self.rank_pattern.unmatched(paths)),
-            ("alpha_pattern", self.alpha_pattern.unmatched(paths)),
-        ] {
-            if let Some(pattern) = unmatched {
-                tracing::warn!(field, pattern, "a pattern matches no adapted module");
-            }
-        }
-        self.rank_pattern = self.rank_pattern.settle(paths);
-        self.alpha_pattern = self.alpha_pattern.settle(paths);
     }
 }
 

@@ -62,13 +62,17 @@ impl<T: Copy + PartialEq> LayerPattern<T> {
         }
         let mut paths: Vec<&String> = paths.iter().collect();
         paths.sort();
-        let exact =
-            paths.into_iter().filter_map(|path| Some((format!("^{}", regex::escape(path)), as_given.get(path)?)));
-        LayerPattern::new(exact)
+        LayerPattern::of_paths(paths.into_iter().filter_map(|path| Some((path, as_given.get(path)?))))
+    }
+
+    /// One exact pattern, `^path`, for each path.
+    pub(crate) fn of_paths<S: AsRef<str>>(values: impl IntoIterator<Item = (S, T)>) -> Self {
+        let exact = |(path, value): (S, T)| (format!("^{}", regex::escape(path.as_ref())), value);
+        LayerPattern::new(values.into_iter().map(exact))
     }
 
     /// Checks the patterns; `valid` tells which values are fit.
-    pub(super) fn validate(&self, field: &str, expected: &str, valid: impl Fn(T) -> bool) -> Result<()>
+    pub(in crate::lora) fn validate(&self, field: &str, expected: &str, valid: impl Fn(T) -> bool) -> Result<()>
     where
         T: std::fmt::Display,
     {

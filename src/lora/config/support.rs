@@ -4,8 +4,8 @@ use super::{InitLoraWeights, LoraConfig};
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
 
-/// Fields of variants that we don't have. They are kept as they are, and
-/// refused unless they mean nothing. Each with whether PEFT's default is
+/// Fields that are kept in the form that files have. Those of variants that we
+/// don't have are refused unless they mean nothing. Each with whether PEFT's default is
 /// `false`; else it is `null`.
 pub(crate) const FOREIGN: [(&str, bool); 11] = [
     ("alora_invocation_tokens", false),
@@ -20,6 +20,9 @@ pub(crate) const FOREIGN: [(&str, bool); 11] = [
     ("use_qalora", true),
     ("velora_config", false),
 ];
+
+/// Those of them that we act on, through accessors of `LoraConfig`.
+const KNOWN: [&str; 4] = ["corda_config", "eva_config", "lora_ga_config", "use_qalora"];
 
 /// `null`, `false` and empty containers ask for nothing.
 pub(crate) fn means_nothing(value: &Value) -> bool {
@@ -43,13 +46,12 @@ impl LoraConfig {
                 fields.push(format!("{field} = {value}"));
             }
         };
-        for (key, _) in FOREIGN {
+        for (key, _) in FOREIGN.into_iter().filter(|(key, _)| !KNOWN.contains(key)) {
             lacks(key, self.other.get(key).cloned().unwrap_or(Value::Null));
         }
         let init = self.init_lora_weights;
-        // These need inputs or gradients of the model, or a factor that stays frozen.
-        use InitLoraWeights::{Corda, Eva, LoraGa, Mica};
-        if matches!(init, Corda | Eva | LoraGa | Mica) {
+        // It needs a factor that stays frozen.
+        if init == InitLoraWeights::Mica {
             lacks("init_lora_weights", json!(init.name()));
         }
         // Weights carry the adapters, and a layer that runs twice has them once.

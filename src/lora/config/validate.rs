@@ -1,6 +1,7 @@
 //! Ranges and contradictions; the one place where they stand.
 
-use super::{InitLoraWeights, LoraConfig, NO_LOOK_AROUND, TargetModules, TokenIndices};
+use super::selection::names;
+use super::{InitLoraWeights, LoraConfig, TokenIndices};
 use crate::error::{Error, Result};
 use tch::Kind;
 
@@ -35,24 +36,7 @@ impl LoraConfig {
         if self.target_modules.is_none() && self.target_parameters().is_empty() {
             return Err(Error::config("target_modules", "names, a regular expression or \"all-linear\"", "not given"));
         }
-        for (field, modules) in [("target_modules", &self.target_modules), ("exclude_modules", &self.exclude_modules)] {
-            match modules {
-                Some(TargetModules::List(list)) => {
-                    // PEFT writes an empty list of exclusions, and means none; an
-                    // empty target keeps its defaults away beside parameters.
-                    names(field, list, field == "exclude_modules" || !self.target_parameters().is_empty())?;
-                }
-                Some(TargetModules::Regex(pattern)) => {
-                    super::compile(&whole(pattern))
-                        .map_err(|reason| Error::config(field, NO_LOOK_AROUND, format!("{pattern:?} ({reason})")))?;
-                }
-                Some(TargetModules::AllLinear) if field == "exclude_modules" => {
-                    return Err(Error::config(field, "names or a regular expression", "all-linear"));
-                }
-                _ => {}
-            }
-        }
-        names("modules_to_save", self.modules_to_save(), true)?;
+        self.selection().validate()?;
         names("target_parameters", self.target_parameters(), true)?;
         let rows = |field: &str, rows: &[i64]| {
             let twice = rows.iter().enumerate().find(|(i, row)| rows.iter().take(*i).any(|earlier| earlier == *row));
@@ -69,25 +53,6 @@ impl LoraConfig {
     }
 
     fn check_layers(&self) -> Result<()> {
-        let by_string = matches!(self.target_modules, Some(TargetModules::Regex(_) | TargetModules::AllLinear));
-        let given = [
-            ("layers_to_transform", self.layers_to_transform.is_some()),
-            ("layers_pattern", self.layers_pattern.is_some()),
-        ];
-        if let Some((field, _)) = given.into_iter().find(|(_, given)| by_string && *given) {
-            return Err(Error::config(field, "nothing where `target_modules` is a string", "a filter of layers"));
-        }
-        let patterns = self.layers_pattern();
-        if patterns.iter().any(|pattern| !pattern.is_empty()) && self.layers_to_transform.is_none() {
-            return Err(Error::config("layers_pattern", "`layers_to_transform` beside it", "none"));
-        }
-        if let Some(layer) = self.layers_to_transform().iter().find(|layer| **layer < 0) {
-            return Err(Error::config("layers_to_transform", "layer numbers from 0 on", layer));
-        }
-        for pattern in patterns {
-            super::compile(&layer_number(pattern))
-                .map_err(|reason| Error::config("layers_pattern", NO_LOOK_AROUND, format!("{pattern:?} ({reason})")))?;
-        }
         match self.layer_replication().iter().find(|(start, end)| *start < 0 || start >= end) {
             Some((start, end)) => Err(Error::config(
                 "layer_replication",
@@ -100,6 +65,15 @@ impl LoraConfig {
 
     fn check_variants(&self) -> Result<()> {
         let init = self.init_lora_weights;
+        self.eva_config()?;
+        self.corda_config()?;
+        self.lora_ga_config()?;
+        self.loftq_config()?;
+        self.check_qalora()?;
+        if self.use_dora && matches!(init, InitLoraWeights::Corda | InitLoraWeights::LoraGa) {
+            let expected = "false with \"corda\" and \"lora_ga\", which are saved as plain LoRA";
+            return Err(Error::config("use_dora", expected, true));
+        }
         if self.lora_bias && !matches!(init, InitLoraWeights::Default | InitLoraWeights::Random) {
             let found = format!("true with init_lora_weights = {:?}", init.name().unwrap_or_default());
             return Err(Error::config("lora_bias", "false, or init_lora_weights true or false", found));
@@ -115,12 +89,24 @@ impl LoraConfig {
     }
 }
 
-/// A list of names, none of them empty.
-fn names(field: &str, list: &[String], may_be_empty: bool) -> Result<()> {
-    if (list.is_empty() && !may_be_empty) || list.iter().any(String::is_empty) {
-        return Err(Error::config(field, "at least one module name, none empty", format!("{list:?}")));
+impl LoraConfig {
+    /// PEFT makes a new A for it, whatever the initialisation.
+    fn check_qalora(&self) -> Result<()> {
+        if self.qalora_group_size() < 1 {
+            return Err(Error::config("qalora_group_size", "at least 1", self.qalora_group_size()));
+        }
+        let drawn = matches!(self.init_lora_weights, InitLoraWeights::Default | InitLoraWeights::Random);
+        let meaningless = [
+            ("use_dora", self.use_dora),
+            ("lora_bias", self.lora_bias),
+            ("fan_in_fan_out", self.fan_in_fan_out),
+            ("init_lora_weights", !drawn),
+        ];
+        match meaningless.into_iter().find(|(_, on)| self.use_qalora() && *on) {
+            Some((field, _)) => Err(Error::config(field, "its default with use_qalora", "another value")),
+            None => Ok(()),
+        }
     }
-    Ok(())
 }
 
 /// A pattern that must match a path as a whole, as Python's `re.fullmatch`.

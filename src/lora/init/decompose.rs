@@ -13,7 +13,8 @@
 //! What changes a quantised weight unpacks it, and packs the rest again by its
 //! own scheme.
 
-use super::Start;
+use super::data::{LayerData, corda, lora_ga};
+use super::{Start, no_data};
 use crate::error::{Error, Result};
 use crate::lora::InitLoraWeights;
 use crate::lora::layer::LayerSpec;
@@ -50,6 +51,14 @@ pub(super) fn start(
             let (q, rest) = Tensor::f_linalg_qr(&w, "reduced")?;
             (rest.f_narrow(0, 0, r)?.f_contiguous()?, q.f_narrow(1, 0, r)?.f_contiguous()?)
         }
+        InitLoraWeights::Corda => match spec.data.as_deref() {
+            Some(LayerData::Covariance(covariance, method)) => corda::factors(&w, &covariance.get(), *method, r, s)?,
+            _ => return Err(no_data(spec.init)),
+        },
+        InitLoraWeights::LoraGa => match spec.data.as_deref() {
+            Some(LayerData::Gradient(gradient, config)) => lora_ga::factors(&w, &gradient.get(), *config, r, s)?,
+            _ => return Err(no_data(spec.init)),
+        },
         init => {
             let name = init.name().unwrap_or_default();
             return Err(Error::Unsupported { fields: vec![format!("init_lora_weights = {name:?}")] });
@@ -68,8 +77,11 @@ pub(super) fn start(
     Ok(Start { a, b, bias: None, residual: Some(residual) })
 }
 
+/// A (r, in) and B (out, r).
+pub(super) type Pair = (Tensor, Tensor);
+
 /// U (out, r), S (r) and V (in, r) of the largest singular values.
-type Singular = (Tensor, Tensor, Tensor);
+pub(super) type Singular = (Tensor, Tensor, Tensor);
 
 fn principal(w: &Tensor, r: i64) -> Result<Singular> {
     let (u, s, v) = w.f_svd(true, true)?;
@@ -80,7 +92,7 @@ fn principal(w: &Tensor, r: i64) -> Result<Singular> {
 ///
 /// The random matrix is the same for every weight of a shape, so that loading
 /// an adapter finds the same residual again.
-fn randomised(w: &Tensor, r: i64, n: u32) -> Result<Singular> {
+pub(super) fn randomised(w: &Tensor, r: i64, n: u32) -> Result<Singular> {
     let orthonormal = |t: &Tensor| -> Result<Tensor> { Ok(Tensor::f_linalg_qr(t, "reduced")?.0) };
     let mut q =
         orthonormal(&w.f_mm(&fixed_normal([w.size()[1], r])?.f_to_kind(w.f_kind()?)?.f_to_device(w.device())?)?)?;
@@ -90,6 +102,11 @@ fn randomised(w: &Tensor, r: i64, n: u32) -> Result<Singular> {
     }
     let (u, s, v) = q.f_tr()?.f_mm(w)?.f_svd(true, true)?;
     Ok((q.f_mm(&u)?, s, v))
+}
+
+/// The largest singular value.
+pub(super) fn spectral_norm(w: &Tensor) -> Result<f64> {
+    Ok(f64::try_from(principal(w, 1)?.1)?)
 }
 
 /// Normal numbers that depend on nothing but the shape: splitmix64 and the
@@ -112,7 +129,7 @@ fn fixed_normal([rows, columns]: [i64; 2]) -> Result<Tensor> {
 
 /// A (r, in) and B (out, r) with s·B·A = U·S·Vᵀ, √(S/s) to each. A negative
 /// scale goes to B.
-fn balanced((u, singular, v): Singular, s: f64) -> Result<(Tensor, Tensor)> {
+pub(super) fn balanced((u, singular, v): Singular, s: f64) -> Result<Pair> {
     let root = singular.f_div_scalar(s.abs())?.f_sqrt()?;
     let a = v.f_mul(&root)?.f_tr()?.f_contiguous()?;
     Ok((a, u.f_mul(&root)?.f_mul_scalar(s.signum())?.f_contiguous()?))
@@ -131,7 +148,7 @@ fn loftq(
     }
     let stored = |w: &Tensor| -> Result<Tensor> { Ok(if fan_in_fan_out { w.f_tr()? } else { w.shallow_clone() }) };
     let mut found = None;
-    for _ in 0..spec.loftq.iterations.max(1) {
+    for _ in 0..spec.loftq.loftq_iter.max(1) {
         let rest = match &found {
             None => w.shallow_clone(),
             Some((_, a, b)) => w.f_sub(&Tensor::f_mm(b, a)?.f_mul_scalar_(spec.scaling)?)?,
@@ -165,12 +182,26 @@ fn orthogonal([out, inn]: [i64; 2], r: i64, options: (Kind, Device)) -> Result<(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lora::layer::{LayerForm, LoftQ};
+    use crate::lora::LoftqConfig;
+    use crate::lora::layer::LayerForm;
     use crate::quant::Scheme;
 
     fn spec(init: InitLoraWeights, r: i64) -> LayerSpec {
-        let (form, loftq) = (LayerForm::Linear { fan_in_fan_out: false }, LoftQ { iterations: 4, ..LoftQ::default() });
-        LayerSpec { form, r, scaling: 2.0, dropout: 0.0, lora_bias: false, use_dora: false, init, loftq, kind: None }
+        let (form, loftq) =
+            (LayerForm::Linear { fan_in_fan_out: false }, LoftqConfig { loftq_iter: 4, ..LoftqConfig::default() });
+        LayerSpec {
+            form,
+            r,
+            scaling: 2.0,
+            dropout: 0.0,
+            lora_bias: false,
+            use_dora: false,
+            qalora: None,
+            init,
+            loftq,
+            data: None,
+            kind: None,
+        }
     }
 
     fn dense(w: &Tensor) -> Arc<dyn PackedWeight> {

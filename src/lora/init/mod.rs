@@ -3,12 +3,14 @@
 //! `draw` has the initialisations that need nothing but random numbers,
 //! `decompose` those that are made from the weight and may change it.
 
+pub(super) mod data;
 mod decompose;
 
 use super::InitLoraWeights;
 use super::layer::{LayerForm, LayerSpec};
 use crate::error::{Error, Result};
 use crate::quant::PackedWeight;
+use data::LayerData;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
@@ -31,6 +33,11 @@ pub(super) fn start(spec: &LayerSpec, weight: &Arc<dyn PackedWeight>, kind: Kind
             let (a, b, bias) = draw(spec, sizes, (kind, weight.device()))?;
             Ok(Start { a, b, bias, residual: None })
         }
+        InitLoraWeights::Eva => {
+            let Some(LayerData::Directions(a)) = spec.data.as_deref() else { return Err(no_data(spec.init)) };
+            let a = a.get().f_to_device(weight.device())?.f_to_kind(kind)?;
+            Ok(Start { a, b: Tensor::f_zeros(sizes.1, (kind, weight.device()))?, bias: None, residual: None })
+        }
         init => {
             let LayerForm::Linear { fan_in_fan_out } = spec.form else {
                 let found = format!("{:?} for {:?}", init.name().unwrap_or_default(), spec.form);
@@ -39,6 +46,13 @@ pub(super) fn start(spec: &LayerSpec, weight: &Arc<dyn PackedWeight>, kind: Kind
             decompose::start(spec, weight, fan_in_fan_out, kind)
         }
     }
+}
+
+/// For an initialisation from data where there is none.
+fn no_data(init: InitLoraWeights) -> Error {
+    let expected = "one that needs no data here: `LoraModel::wrap_with_data` makes an adapter from data, and \
+                    `save_pretrained` then writes what changed the base as plain LoRA, which loads anywhere";
+    Error::config("init_lora_weights", expected, init.name().unwrap_or_default())
 }
 
 /// New A and B of these sizes and the bias of `lora_B` if there is one, drawn
@@ -76,7 +90,7 @@ fn draw(
 
 /// torch's default for linear layers and convolutions: Kaiming uniform with
 /// a = √5, hence the bound √(6 / (1 + 5) / fan_in).
-fn kaiming(tensor: &mut Tensor) -> Result<()> {
+pub(in crate::lora) fn kaiming(tensor: &mut Tensor) -> Result<()> {
     let bound = kaiming_bound(tensor);
     let _ = tensor.f_uniform_(-bound, bound)?;
     Ok(())
@@ -89,7 +103,7 @@ fn kaiming_bound(tensor: &Tensor) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::layer::LoftQ;
+    use super::super::config::LoftqConfig;
     use super::*;
 
     fn drawn(init: InitLoraWeights, [out, inn]: [i64; 2]) -> (Tensor, Tensor) {
@@ -101,8 +115,10 @@ mod tests {
             dropout: 0.0,
             lora_bias: false,
             use_dora: false,
+            qalora: None,
             init,
-            loftq: LoftQ::default(),
+            loftq: LoftqConfig::default(),
+            data: None,
             kind: None,
         };
         let sizes = spec.factor_sizes(&[out, inn]).unwrap();

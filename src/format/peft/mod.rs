@@ -1,10 +1,14 @@
 //! HF PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 //!
 //! Format and defaults are those of PEFT 0.21.2; docs/formats.md shows them.
+//! `lora` and `lycoris` know the fields of their configurations.
+
+mod lora;
+mod lycoris;
 
 use super::keys::{KeyLayout, PEFT_ENDS, Part};
 use crate::error::{Error, Result};
-use crate::lora::{FOREIGN, InitLoraWeights, LayerPattern, LoraConfig, TargetModules};
+use crate::lora::{AdapterConfig, LayerPattern, LohaConfig, LokrConfig, LoraConfig, TargetModules};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -47,42 +51,17 @@ impl KeyLayout for Keys {
     }
 }
 
-/// Fields that have a place of their own in `LoraConfig`.
-const TYPED: [&str; 21] = [
-    "alpha_pattern",
-    "bias",
-    "ensure_weight_tying",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "layer_replication",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_bias",
-    "lora_dropout",
-    "modules_to_save",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_dora",
-    "use_rslora",
-];
+/// The version whose format is written.
+const PEFT_VERSION: &str = "0.21.2";
 
-/// Fields that don't change what the adapter computes: kept as they are.
+/// Fields of every kind of adapter that don't change what it computes: kept as
+/// they are.
 fn passive() -> Map<String, Value> {
     map(json!({
         "auto_mapping": null, "base_model_name_or_path": null, "inference_mode": false,
-        "loftq_config": {}, "megatron_core": "megatron.core", "peft_version": PEFT_VERSION,
-        "qalora_group_size": 16, "revision": null, "task_type": null,
+        "peft_version": PEFT_VERSION, "revision": null, "task_type": null,
     }))
 }
-
-/// The version whose format is written.
-const PEFT_VERSION: &str = "0.21.2";
 
 fn map(value: Value) -> Map<String, Value> {
     match value {
@@ -92,8 +71,15 @@ fn map(value: Value) -> Map<String, Value> {
 }
 
 /// The configuration as PEFT writes it: all keys, sorted, two spaces.
-pub(crate) fn config_to_json(config: &LoraConfig) -> Result<Vec<u8>> {
-    to_json(config_fields(config))
+pub(crate) fn config_to_json(config: &AdapterConfig) -> Result<Vec<u8>> {
+    let mut fields = passive();
+    match config {
+        AdapterConfig::Lora(config) => return to_json(config_fields(config)),
+        AdapterConfig::Loha(config) => lycoris::write(config, &mut fields),
+        AdapterConfig::Lokr(config) => lycoris::write(config, &mut fields),
+    }
+    fields.insert("peft_type".into(), config.peft_type().into());
+    to_json(fields)
 }
 
 /// JSON as Python's `json.dumps(indent=2, sort_keys=True)` lays it out.
@@ -103,38 +89,11 @@ pub(super) fn to_json(fields: Map<String, Value>) -> Result<Vec<u8>> {
     serde_json::to_vec_pretty(&fields).map_err(|error| Error::config("adapter_config", "JSON", error))
 }
 
-/// All fields as PEFT has them.
+/// All fields of LoRA's as PEFT has them.
 pub(super) fn config_fields(config: &LoraConfig) -> Map<String, Value> {
     let mut fields = passive();
-    fields.extend(FOREIGN.map(|(key, is_flag)| (key.to_string(), if is_flag { json!(false) } else { Value::Null })));
-    fields.extend(config.other.clone());
-    fields.extend(map(json!({
-        "alpha_pattern": pattern(&config.alpha_pattern, number),
-        "bias": config.bias,
-        "ensure_weight_tying": config.ensure_weight_tying,
-        "exclude_modules": modules(&config.exclude_modules),
-        "fan_in_fan_out": config.fan_in_fan_out,
-        "init_lora_weights": match config.init_lora_weights {
-            InitLoraWeights::Default => json!(true),
-            InitLoraWeights::Random => json!(false),
-            named => json!(named.name()),
-        },
-        "layer_replication": config.layer_replication,
-        "layers_pattern": config.layers_pattern,
-        "layers_to_transform": config.layers_to_transform,
-        "lora_alpha": number(config.lora_alpha),
-        "lora_bias": config.lora_bias,
-        "lora_dropout": config.lora_dropout,
-        "modules_to_save": config.modules_to_save,
-        "peft_type": "LORA",
-        "r": config.r,
-        "rank_pattern": pattern(&config.rank_pattern, Value::from),
-        "target_modules": modules(&config.target_modules),
-        "target_parameters": config.target_parameters,
-        "trainable_token_indices": config.trainable_token_indices,
-        "use_dora": config.use_dora,
-        "use_rslora": config.use_rslora,
-    })));
+    lora::write(config, &mut fields);
+    fields.insert("peft_type".into(), "LORA".into());
     fields
 }
 
@@ -159,11 +118,11 @@ fn number(value: f64) -> Value {
 /// A configuration and the keys in it that we don't know.
 #[derive(Debug)]
 pub(crate) struct ReadConfig {
-    pub(crate) config: LoraConfig,
+    pub(crate) config: AdapterConfig,
     pub(crate) unknown: Vec<String>,
 }
 
-impl LoraConfig {
+impl AdapterConfig {
     /// Reads the `adapter_config.json` of an adapter's folder.
     ///
     /// Fields that this version can't act on are kept;
@@ -172,7 +131,7 @@ impl LoraConfig {
     /// # Errors
     /// [`Error::Io`], [`Error::Corrupt`] for a field of another type,
     /// [`Error::Config`] for one out of range, [`Error::Unsupported`] for
-    /// another kind of adapter than LoRA.
+    /// another kind of adapter.
     pub fn from_pretrained(folder: impl AsRef<Path>) -> Result<Self> {
         Ok(read_config(folder.as_ref())?.config)
     }
@@ -187,6 +146,57 @@ impl LoraConfig {
     pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
         super::write_files(folder.as_ref(), &[(CONFIG_FILE.into(), config_to_json(self)?)])
     }
+}
+
+/// The same for a configuration whose kind is known.
+macro_rules! files_of {
+    ($config:ty, $kind:ident) => {
+        impl $config {
+            /// As [`AdapterConfig::from_pretrained`], for this kind of adapter.
+            ///
+            /// # Errors
+            /// As there.
+            pub fn from_pretrained(folder: impl AsRef<Path>) -> Result<Self> {
+                match AdapterConfig::from_pretrained(folder)? {
+                    AdapterConfig::$kind(config) => Ok(config),
+                    other => Err(other_kind(&other.peft_type().into())),
+                }
+            }
+
+            /// As [`AdapterConfig::save_pretrained`].
+            ///
+            /// # Errors
+            /// As there.
+            pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
+                AdapterConfig::from(self.clone()).save_pretrained(folder)
+            }
+        }
+    };
+}
+
+files_of!(LoraConfig, Lora);
+files_of!(LohaConfig, Loha);
+files_of!(LokrConfig, Lokr);
+
+impl AdapterConfig {
+    /// For what only holds LoRA.
+    pub(super) fn into_lora(self) -> Result<LoraConfig> {
+        match self {
+            AdapterConfig::Lora(config) => Ok(config),
+            other => Err(other_kind(&other.peft_type().into())),
+        }
+    }
+}
+
+impl ReadConfig {
+    /// The configuration and unknown keys, for what only holds LoRA.
+    pub(super) fn lora(self) -> Result<(LoraConfig, Vec<String>)> {
+        Ok((self.config.into_lora()?, self.unknown))
+    }
+}
+
+fn other_kind(found: &Value) -> Error {
+    Error::Unsupported { fields: vec![format!("peft_type = {found}")] }
 }
 
 /// Reads `adapter_config.json`. Keys that we don't know are kept and reported.
@@ -204,45 +214,12 @@ pub(crate) fn config_from_json(path: &Path, bytes: &[u8]) -> Result<ReadConfig> 
 
 pub(super) fn config_from_fields(path: &Path, fields: &Map<String, Value>) -> Result<ReadConfig> {
     let reader = Reader { path, fields };
-    if reader.get("peft_type") != Some(&json!("LORA")) {
-        let found = reader.get("peft_type").unwrap_or(&Value::Null);
-        return Err(Error::Unsupported { fields: vec![format!("peft_type = {found}")] });
+    match reader.get("peft_type").and_then(Value::as_str) {
+        Some("LORA") => lora::read(&reader),
+        Some("LOHA") => lycoris::read_loha(&reader),
+        Some("LOKR") => lycoris::read_lokr(&reader),
+        _ => Err(other_kind(reader.get("peft_type").unwrap_or(&Value::Null))),
     }
-    let passive = passive();
-    let (mut other, mut unknown) = (Map::new(), Vec::new());
-    for (key, value) in fields.iter().filter(|(key, _)| !TYPED.contains(&key.as_str())) {
-        if !passive.contains_key(key) && !FOREIGN.iter().any(|(foreign, _)| foreign == key) {
-            unknown.push(key.clone());
-        }
-        other.insert(key.clone(), value.clone());
-    }
-    let flag = |key| Ok::<_, Error>(reader.read(key, "true or false")?.unwrap_or(false));
-    let default = LoraConfig::default();
-    let config = LoraConfig {
-        r: reader.read("r", "an integer")?.unwrap_or(default.r),
-        lora_alpha: reader.read("lora_alpha", "a number")?.unwrap_or(default.lora_alpha),
-        lora_dropout: reader.read("lora_dropout", "a number")?.unwrap_or(default.lora_dropout),
-        target_modules: reader.modules("target_modules")?,
-        exclude_modules: reader.modules("exclude_modules")?,
-        layers_to_transform: reader.read("layers_to_transform", "an integer or a list of integers")?,
-        layers_pattern: reader.read("layers_pattern", "a name or a list of names")?,
-        rank_pattern: reader.pattern("rank_pattern", "integers by patterns")?,
-        alpha_pattern: reader.pattern("alpha_pattern", "numbers by patterns")?,
-        modules_to_save: reader.read("modules_to_save", NAMES)?,
-        bias: reader.read("bias", "\"none\", \"all\" or \"lora_only\"")?.unwrap_or_default(),
-        lora_bias: flag("lora_bias")?,
-        fan_in_fan_out: flag("fan_in_fan_out")?,
-        use_rslora: flag("use_rslora")?,
-        use_dora: flag("use_dora")?,
-        init_lora_weights: reader.init()?,
-        trainable_token_indices: reader.read("trainable_token_indices", "rows, or rows by modules")?,
-        target_parameters: reader.read("target_parameters", NAMES)?,
-        ensure_weight_tying: flag("ensure_weight_tying")?,
-        layer_replication: reader.read("layer_replication", "a list of [start, end]")?,
-        dtype: None,
-        other,
-    };
-    Ok(ReadConfig { config: config.validate()?, unknown })
 }
 
 const NAMES: &str = "a list of names";
@@ -284,21 +261,25 @@ impl<'a> Reader<'a> {
         entries.map(LayerPattern::new).ok_or_else(|| self.wrong(key, value, expected))
     }
 
-    fn init(&self) -> Result<InitLoraWeights> {
-        match self.get("init_lora_weights") {
-            None => Ok(InitLoraWeights::Default),
-            Some(Value::Bool(on)) => Ok((*on).into()),
-            Some(value) => {
-                let known = value.as_str().and_then(InitLoraWeights::from_name);
-                known.ok_or_else(|| Error::Unsupported { fields: vec![format!("init_lora_weights = {value}")] })
-            }
-        }
+    fn flag(&self, key: &str) -> Result<Option<bool>> {
+        self.read(key, "true or false")
+    }
+
+    /// The fields that none of `typed` is, and the names of those among them
+    /// that are not `known` either.
+    fn others(&self, typed: &[&str], known: impl Fn(&str) -> bool) -> (Map<String, Value>, Vec<String>) {
+        let passive = passive();
+        let others = self.fields.iter().filter(|(key, _)| !typed.contains(&key.as_str()) && *key != "peft_type");
+        let other: Map<String, Value> = others.map(|(key, value)| (key.clone(), value.clone())).collect();
+        let unknown = other.keys().filter(|key| !passive.contains_key(*key) && !known(key)).cloned().collect();
+        (other, unknown)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lora::InitLoraWeights;
 
     fn read(json: Value) -> Result<ReadConfig> {
         config_from_json(Path::new("adapter_config.json"), json.to_string().as_bytes())
@@ -306,7 +287,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_again() {
-        let config = LoraConfig::builder()
+        let config: AdapterConfig = LoraConfig::builder()
             .r(4)
             .lora_alpha(8.5)
             .lora_dropout(0.05)
@@ -317,14 +298,16 @@ mod tests {
             .layers_to_transform(1)
             .trainable_token_indices([("wte", [3, 5])])
             .build()
-            .unwrap();
+            .unwrap()
+            .into();
         let bytes = config_to_json(&config).unwrap();
         let again = config_from_json(Path::new("x"), &bytes).unwrap();
         assert_eq!(again.config.differences(&config).len(), 1);
         assert!(again.unknown.is_empty());
         assert_eq!(config_to_json(&again.config).unwrap(), bytes);
         // Patterns are sorted in the file, as PEFT sorts them.
-        assert_eq!(again.config.rank_pattern.entries().collect::<Vec<_>>(), [("a", 3), ("v", 2)]);
+        let again = again.config.as_lora().unwrap();
+        assert_eq!(again.rank_pattern.entries().collect::<Vec<_>>(), [("a", 3), ("v", 2)]);
     }
 
     #[test]
@@ -334,13 +317,14 @@ mod tests {
         let text = String::from_utf8(config_to_json(&found.config).unwrap()).unwrap();
         assert!(text.contains("\"new_thing\": {"), "{text}");
 
-        let lacking =
-            json!({"peft_type": "LORA", "target_modules": "x", "use_qalora": true, "layer_replication": [[0, 2]]});
+        let lacking = json!({
+            "peft_type": "LORA", "target_modules": "x", "kasa_config": {"beta": 1}, "layer_replication": [[0, 2]],
+        });
         let error = read(lacking).unwrap().config.check_supported().unwrap_err();
         let Error::Unsupported { fields } = error else { panic!("{error}") };
-        let named: Vec<&str> = fields.iter().map(|field| field.split(" = [").next().unwrap()).collect();
-        assert_eq!(named, ["layer_replication", "use_qalora = true"]);
-        assert!(matches!(read(json!({"peft_type": "LOHA"})), Err(Error::Unsupported { .. })));
+        let named: Vec<&str> = fields.iter().map(|field| field.split(" = ").next().unwrap()).collect();
+        assert_eq!(named, ["kasa_config", "layer_replication"]);
+        assert!(matches!(read(json!({"peft_type": "VERA"})), Err(Error::Unsupported { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": 3})), Err(Error::Corrupt { .. })));
         assert!(matches!(read(json!({"peft_type": "LORA", "target_modules": "x", "r": 0})), Err(Error::Config { .. })));
     }
