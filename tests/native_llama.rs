@@ -218,6 +218,7 @@ fn load_and_measure() {
 #[test]
 fn the_dense_model_is_never_in_memory() {
     let folder = common::fresh_dir("native_llama_memory");
+    let _rng = rng();
     let dense = write_model(&folder);
     for scheme in ["int8", "nf4"] {
         let mut command = Command::new(std::env::current_exe().unwrap());

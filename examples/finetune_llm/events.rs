@@ -11,13 +11,13 @@ pub struct Events(File);
 
 impl Events {
     /// A new file in the folder; TensorBoard shows all of a folder as one run.
-    /// `step` is where the run goes on: what older files have after it is void.
-    pub fn create(folder: &Path, step: u64) -> Result<Self> {
+    /// `next` is the step that comes first: what older files have from it on is void.
+    pub fn create(folder: &Path, next: u64) -> Result<Self> {
         let now = now();
         let name = format!("events.out.tfevents.{:010}.{}", now as u64, std::process::id());
         let mut events = Events(File::create(folder.join(name))?);
         events.0.write_all(&record(&version(now)))?;
-        events.0.write_all(&record(&start(now, step)))?;
+        events.0.write_all(&record(&start(now, next)))?;
         Ok(events)
     }
 

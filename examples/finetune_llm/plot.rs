@@ -16,12 +16,13 @@ pub fn draw(path: &Path, rows: &[Row]) -> Result<()> {
     let batches: Vec<(f64, f64)> = rows.iter().map(|row| (row.step as f64, f64::from(row.loss))).collect();
     let held_out: Vec<(f64, f64)> =
         rows.iter().filter_map(|row| Some((row.step as f64, f64::from(row.held_out?)))).collect();
-    let mut mean = batches.first().map_or(0.0, |(_, loss)| *loss);
+    // An exponential mean; divided by its weights' sum, as its beginning is short.
+    let (mut sum, mut weights) = (0.0, 0.0);
     let smoothed: Vec<(f64, f64)> = batches
         .iter()
         .map(|(step, loss)| {
-            mean = 0.95 * mean + 0.05 * loss;
-            (*step, mean)
+            (sum, weights) = (0.95 * sum + loss, 0.95 * weights + 1.0);
+            (*step, sum / weights)
         })
         .collect();
     let Some((last, _)) = batches.last() else { return Ok(()) };

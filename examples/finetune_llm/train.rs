@@ -56,7 +56,7 @@ pub fn train(args: &Args) -> Result<Outcome> {
     }
 
     let mut metrics = Metrics::open(&args.out.join("metrics.csv"), run.current_step())?;
-    let mut events = Events::create(&args.out, run.current_step())?;
+    let mut events = Events::create(&args.out, run.current_step() + 1)?;
     let bar = show::bar(args.steps, run.current_step());
     while run.current_step() < args.steps && !stop.load(Ordering::Relaxed) {
         let began = Instant::now();

@@ -70,7 +70,7 @@ pub(super) fn load(
     for (weight, scheme) in chosen {
         schemes.entry(aliases.group(weight).unwrap_or_default()).or_insert(scheme);
     }
-    let total = schemes.len();
+    let (mut done, total) = (0, schemes.len());
     let mut report = QuantizationReport::default();
     let mut missing = Vec::new();
     let mut loaded: Vec<usize> = Vec::new();
@@ -97,8 +97,9 @@ pub(super) fn load(
                 report.push(attach(weight, read_and_pack(&files, weight, *scheme, options.device)?)?);
                 // What dense weights took would be kept for others of their size.
                 trim_heap();
+                done += 1;
                 if let (Some(progress), Some(weight)) = (&mut options.progress, report.weights().last()) {
-                    progress(Progress { weight, done: report.weights().len(), total });
+                    progress(Progress { weight, done, total });
                 }
             }
             (None, None) if files.has(&weight.name) => copy(&files, weight)?,
@@ -137,7 +138,7 @@ fn attach(weight: &Weight, packed: Arc<dyn PackedWeight>) -> Result<QuantizedWei
         // The weight takes on the dtype that was packed; its memory is not
         // touched before it is let go.
         let _no_grad = tch::no_grad_guard();
-        tensor.set_data(&Tensor::f_empty(sizes.as_slice(), (kind, tensor.device()))?);
+        tensor.f_set_data(&Tensor::f_empty(sizes.as_slice(), (kind, tensor.device()))?)?;
     }
     let quantized = QuantizedWeight {
         name: weight.name.clone(),
