@@ -17,17 +17,17 @@
 //! | `events.out.tfevents…` | the same for TensorBoard: `tensorboard --logdir runs` |
 
 mod args;
-pub mod data;
-pub mod events;
-pub mod metrics;
+pub(crate) mod data;
+pub(crate) mod events;
+pub(crate) mod metrics;
 mod plot;
 mod show;
 mod train;
 
 #[path = "../llama/mod.rs"]
-pub mod llama;
+pub(crate) mod llama;
 
-pub use llama::Result;
+pub(crate) use llama::Result;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
