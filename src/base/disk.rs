@@ -1,11 +1,11 @@
 //! A quantised base on disk.
 
 use super::weights::{Weight, Weights, dtype_name};
-use super::{QuantizationReport, QuantizedWeight, Site, WeightRole};
+use super::{Progress, QuantizationReport, QuantizeOptions, QuantizedWeight, Site, WeightRole};
 use crate::error::{Error, Result};
 use crate::ffi::{bytes::element_size, hook, runtime::trim_heap};
 use crate::quant::disk::{self, Files, Record, Shard, Wanted};
-use crate::quant::{self, Parts};
+use crate::quant::{self, PackedWeight, Parts, QuantConfig, Scheme};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -45,8 +45,14 @@ pub(super) fn save(weights: &Weights, folder: &Path, shard_bytes: usize) -> Resu
     Ok(())
 }
 
-/// Loads every weight, packed or dense, over the module's own.
-pub(super) fn load(weights: &Weights, path: &Path) -> Result<QuantizationReport> {
+/// Loads every weight, packed or dense, over the module's own; those that
+/// `config` means are dense in the files, and packed as they are read.
+pub(super) fn load(
+    weights: &Weights,
+    path: &Path,
+    config: Option<&QuantConfig>,
+    options: &mut QuantizeOptions<'_>,
+) -> Result<QuantizationReport> {
     let files = Files::open(path)?;
     for weight in weights.iter() {
         if let Some(site) = weight.site() {
@@ -58,6 +64,13 @@ pub(super) fn load(weights: &Weights, path: &Path) -> Result<QuantizationReport>
         }
     }
     let aliases = Aliases::of(weights);
+    let chosen = config.map(|config| weights.chosen(config)).transpose()?.unwrap_or_default();
+    // Tied weights are packed once, under the first of their names.
+    let mut schemes: HashMap<usize, Scheme> = HashMap::new();
+    for (weight, scheme) in chosen {
+        schemes.entry(aliases.group(weight).unwrap_or_default()).or_insert(scheme);
+    }
+    let (mut done, total) = (0, schemes.len());
     let mut report = QuantizationReport::default();
     let mut missing = Vec::new();
     let mut loaded: Vec<usize> = Vec::new();
@@ -74,10 +87,23 @@ pub(super) fn load(weights: &Weights, path: &Path) -> Result<QuantizationReport>
             }
             None => None,
         };
-        match parts {
-            Some(parts) => report.push(attach(weight, parts)?),
-            None if files.has(&weight.name) => copy(&files, weight)?,
-            None => {
+        let scheme = aliases.group(weight).and_then(|group| schemes.get(&group));
+        match (parts, scheme) {
+            (Some(parts), None) => report.push(attach(weight, quant::assemble(parts)?)?),
+            (Some(parts), Some(_)) => {
+                return Err(Error::AlreadyQuantized { name: parts.name, scheme: parts.scheme.to_string() });
+            }
+            (None, Some(scheme)) if files.has(&weight.name) => {
+                report.push(attach(weight, read_and_pack(&files, weight, *scheme, options.device)?)?);
+                // What dense weights took would be kept for others of their size.
+                trim_heap();
+                done += 1;
+                if let (Some(progress), Some(weight)) = (&mut options.progress, report.weights().last()) {
+                    progress(Progress { weight, done, total });
+                }
+            }
+            (None, None) if files.has(&weight.name) => copy(&files, weight)?,
+            (None, _) => {
                 missing.push(weight);
                 continue;
             }
@@ -104,8 +130,7 @@ pub(super) fn load(weights: &Weights, path: &Path) -> Result<QuantizationReport>
 }
 
 /// Puts a packed weight in the place of a dense one.
-fn attach(weight: &Weight, parts: Parts) -> Result<QuantizedWeight> {
-    let packed = quant::assemble(parts)?;
+fn attach(weight: &Weight, packed: Arc<dyn PackedWeight>) -> Result<QuantizedWeight> {
     let scheme = packed.scheme().ok_or_else(|| Error::config("scheme", "a packed weight", "a dense one"))?;
     let (sizes, kind) = (packed.sizes().to_vec(), packed.kind());
     let mut tensor = weight.tensor.shallow_clone();
@@ -113,7 +138,7 @@ fn attach(weight: &Weight, parts: Parts) -> Result<QuantizedWeight> {
         // The weight takes on the dtype that was packed; its memory is not
         // touched before it is let go.
         let _no_grad = tch::no_grad_guard();
-        tensor.set_data(&Tensor::f_empty(sizes.as_slice(), (kind, tensor.device()))?);
+        tensor.f_set_data(&Tensor::f_empty(sizes.as_slice(), (kind, tensor.device()))?)?;
     }
     let quantized = QuantizedWeight {
         name: weight.name.clone(),
@@ -126,10 +151,9 @@ fn attach(weight: &Weight, parts: Parts) -> Result<QuantizedWeight> {
     Ok(quantized)
 }
 
-/// Copies a dense tensor, converting floats to the module's dtype.
-fn copy(files: &Files, weight: &Weight) -> Result<()> {
-    let found = files.take(&weight.name, Device::Cpu)?;
-    let mut tensor = weight.tensor.shallow_clone();
+/// A dense tensor as the module has it: of its dtype, where it has it.
+fn read_dense(files: &Files, weight: &Weight) -> Result<Tensor> {
+    let (found, tensor) = (files.take(&weight.name, Device::Cpu)?, &weight.tensor);
     let same_class = found.is_floating_point() == tensor.is_floating_point();
     if found.size() != tensor.size() || !same_class {
         return Err(Error::Mismatch {
@@ -138,8 +162,32 @@ fn copy(files: &Files, weight: &Weight) -> Result<()> {
             found: format!("{:?} {:?}", found.f_kind()?, found.size()),
         });
     }
+    Ok(found.f_to_device(tensor.device())?.f_to_kind(tensor.f_kind()?)?)
+}
+
+/// A dense tensor of the files, packed.
+fn read_and_pack(
+    files: &Files,
+    weight: &Weight,
+    scheme: Scheme,
+    device: Option<Device>,
+) -> Result<Arc<dyn PackedWeight>> {
+    let dense = read_dense(files, weight)?;
+    quant::check(&weight.name, &dense, scheme)?;
+    quant::pack_on(&weight.name, &dense, scheme, device)
+}
+
+/// Fills a dense weight.
+fn copy(files: &Files, weight: &Weight) -> Result<()> {
+    let dense = read_dense(files, weight)?;
+    let mut tensor = weight.tensor.shallow_clone();
     let _no_grad = tch::no_grad_guard();
-    tensor.f_copy_(&found)?;
+    // One element that was expanded has no memory to copy to.
+    let is_place = tensor.size().iter().zip(tensor.stride()).any(|(size, stride)| *size > 1 && stride == 0);
+    match is_place {
+        true => tensor.f_set_data(&dense)?,
+        false => tensor.f_copy_(&dense).map(drop)?,
+    }
     Ok(())
 }
 

@@ -169,7 +169,8 @@ impl<M> Base<M> {
     ///
     /// Files are mapped into memory and each weight is read once, and the dense
     /// weight that it replaces is freed before the next is read. Weights that
-    /// the files hold dense are copied, to the module's dtype. A packed weight
+    /// the files hold dense are copied, to the module's dtype; they may be
+    /// places, as in [`Base::load_and_quantize`]. A packed weight
     /// keeps the dtype that the file says; bitsandbytes' 8-bit layout has none,
     /// and takes the module's.
     ///
@@ -182,7 +183,53 @@ impl<M> Base<M> {
     /// [`Error::AlreadyAdapted`](crate::Error::AlreadyAdapted). The module's
     /// weights are undefined afterwards.
     pub fn load_quantized(mut self, path: impl AsRef<Path>) -> Result<Self> {
-        self.report = disk::load(&self.weights, path.as_ref())?;
+        self.report = disk::load(&self.weights, path.as_ref(), None, &mut QuantizeOptions::new())?;
+        self.has_changed();
+        Ok(self)
+    }
+
+    /// Loads a model's dense weights, and packs those that `config` chooses as
+    /// they are read: the same base as the weights loaded and then quantised,
+    /// but the dense model is never in memory.
+    ///
+    /// The path is a folder with `model.safetensors`, or with shards and their
+    /// index as `transformers` writes them, or one file. To hold no memory for
+    /// weights that are yet to come, a module is made of places: one element,
+    /// expanded to the weight's sizes.
+    ///
+    /// ```no_run
+    /// use tch::{Device, Kind, Tensor, nn};
+    /// use tch_peft::{Base, QuantConfig};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let place = Tensor::zeros([1], (Kind::BFloat16, vs.device())).expand([4096, 1024], false);
+    /// let net = nn::Linear { ws: (vs.root() / "up").add("weight", place, true), bs: None };
+    ///
+    /// let config = QuantConfig::nf4().build()?;
+    /// let base = Base::new(vs, net).load_and_quantize("model", &config)?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Base::load_quantized`]; [`Error::NoTarget`](crate::Error::NoTarget)
+    /// as [`Base::quantize`]; [`Error::AlreadyQuantized`](crate::Error::AlreadyQuantized)
+    /// also for a weight to pack that the files hold packed. The module's weights
+    /// are undefined afterwards.
+    pub fn load_and_quantize(self, path: impl AsRef<Path>, config: &QuantConfig) -> Result<Self> {
+        self.load_and_quantize_with(path, config, QuantizeOptions::new())
+    }
+
+    /// [`Base::load_and_quantize`] on a device of one's choice, and with progress.
+    ///
+    /// # Errors
+    /// As [`Base::load_and_quantize`].
+    pub fn load_and_quantize_with(
+        mut self,
+        path: impl AsRef<Path>,
+        config: &QuantConfig,
+        mut options: QuantizeOptions<'_>,
+    ) -> Result<Self> {
+        self.report = disk::load(&self.weights, path.as_ref(), Some(config), &mut options)?;
         self.has_changed();
         Ok(self)
     }

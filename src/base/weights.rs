@@ -182,9 +182,8 @@ impl Weights {
         Ok(report)
     }
 
-    /// The weights that `config` means with their schemes, all found fit before
-    /// one is touched.
-    fn to_quantize(&self, config: &QuantConfig) -> Result<Vec<(&Weight, Scheme)>> {
+    /// The weights that `config` means with their schemes.
+    pub(super) fn chosen(&self, config: &QuantConfig) -> Result<Vec<(&Weight, Scheme)>> {
         let paths: Vec<&str> = self.layers().map(|(path, _)| path).collect();
         for pattern in config.patterns() {
             if !paths.iter().any(|path| quant::matches(pattern, path)) {
@@ -202,6 +201,12 @@ impl Weights {
         if chosen.is_empty() {
             return Err(Error::NoTarget { target: "weights to quantise".into(), near: vec![] });
         }
+        Ok(chosen)
+    }
+
+    /// [`Weights::chosen`], all found fit before one is touched.
+    fn to_quantize(&self, config: &QuantConfig) -> Result<Vec<(&Weight, Scheme)>> {
+        let chosen = self.chosen(config)?;
         for (weight, scheme) in &chosen {
             let frozen = weight.site().map(|site| site.frozen());
             if let Some(scheme) = frozen.as_ref().and_then(|f| f.scheme()) {

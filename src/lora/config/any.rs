@@ -87,15 +87,6 @@ impl AdapterConfig {
         }
     }
 
-    /// The dtype of what is trained, if one was given.
-    pub(crate) fn dtype(&self) -> Option<Kind> {
-        match self {
-            AdapterConfig::Lora(config) => config.dtype,
-            AdapterConfig::Loha(config) => config.dtype,
-            AdapterConfig::Lokr(config) => config.dtype,
-        }
-    }
-
     /// Whether what is trained of a tied weight stays tied.
     pub(crate) fn ensure_weight_tying(&self) -> bool {
         self.as_lora().is_some_and(LoraConfig::ensure_weight_tying)
