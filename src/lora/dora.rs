@@ -16,9 +16,10 @@ use crate::base::Adapter;
 use crate::error::Result;
 use crate::ffi::autograd::{self, Backward};
 use crate::ffi::bytes::{read, write};
-use crate::ffi::compute::add_product;
+use crate::ffi::compute::{add_product, for_each_chunk};
 use crate::ffi::hook::Operator;
 use crate::ffi::shared::SharedTensor;
+use crate::ffi::simd::{Kernel, Simd, dispatch};
 use crate::quant::frozen::frozen;
 use crate::quant::{LinearMap, PackedWeight};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -138,6 +139,51 @@ fn rescale(
     Ok(y)
 }
 
+/// Σ a · b over all rows, (columns), of matrices of f32 on the CPU: without a
+/// product of their size.
+fn column_sums(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
+    /// Columns that a thread takes at a time.
+    const PART: usize = 256;
+    let plain = |t: &Tensor| t.kind() == Kind::Float && t.device() == Device::Cpu && t.is_contiguous();
+    let [_, columns] = a.size()[..] else { return Ok(None) };
+    if !(plain(a) && plain(b)) {
+        return Ok(None);
+    }
+    let mut sums = Tensor::f_zeros([columns], (Kind::Float, Device::Cpu))?;
+    let columns = columns as usize;
+    read(a, |a| {
+        read(b, |b| {
+            write(&mut sums, |sums| {
+                for_each_chunk(sums, PART, |i, sums| dispatch(ColumnSums { a, b, columns, first: i * PART, sums }))
+            })
+        })
+    })????;
+    Ok(Some(sums))
+}
+
+struct ColumnSums<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    columns: usize,
+    first: usize,
+    sums: &'a mut [f32],
+}
+
+impl Kernel for ColumnSums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let ColumnSums { a, b, columns, first, sums } = self;
+        let part = first..first + sums.len();
+        for (a, b) in a.chunks_exact(columns).zip(b.chunks_exact(columns)) {
+            for ((sum, a), b) in sums.iter_mut().zip(&a[part.clone()]).zip(&b[part.clone()]) {
+                *sum += a * b;
+            }
+        }
+    }
+}
+
 struct Rescaled {
     /// The dimensions that don't count output features.
     others: Vec<i64>,
@@ -158,7 +204,10 @@ impl Backward for Rescaled {
         }
         if needs(1) {
             let wide = norm.f_kind()?;
-            let mut sums = sum(&grad.f_to_kind(wide)?.f_mul(z)?, wide)?;
+            let mut sums = match column_sums(grad, z)? {
+                Some(sums) => sums,
+                None => sum(&grad.f_to_kind(wide)?.f_mul(z)?, wide)?,
+            };
             grads[1] = Some(sums.f_div_(norm)?.f_view(self.magnitude.as_slice())?);
         }
         if let Some(kind) = self.bias {

@@ -12,8 +12,12 @@ use crate::ffi::bytes::{Plain, read, write};
 use crate::ffi::compute::for_each_chunk;
 use crate::ffi::generator::{Engine, WORDS, with_cpu_engine};
 use crate::ffi::simd::{Kernel, Simd, dispatch};
+use crate::quant::Float;
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
+
+/// Elements that a thread takes at a time.
+const PART: usize = 1 << 15;
 
 /// One byte per element of x: 1 where it is kept, with probability 1 - p.
 pub(super) fn draw_mask(x: &Tensor, p: f64) -> Result<Tensor> {
@@ -39,8 +43,6 @@ pub(super) fn keep(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
 }
 
 fn keep_as<T: Plain + Default>(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
-    /// Elements that a thread takes at a time.
-    const PART: usize = 1 << 15;
     let mut kept = Tensor::f_empty(x.size(), (T::KIND, Device::Cpu))?;
     read(x, |x: &[T]| {
         read(mask, |mask: &[u8]| {
@@ -53,6 +55,50 @@ fn keep_as<T: Plain + Default>(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
         })
     })????;
     Ok(kept)
+}
+
+/// Adds t, where the mask is 1, to dx, which the caller made and has not shared.
+pub(super) fn add_kept(dx: &mut Tensor, t: &Tensor, mask: &Tensor) -> Result<()> {
+    match (dx.device(), dx.f_kind()?) {
+        (Device::Cpu, Kind::Float) => add_kept_as::<f32>(dx, t, mask),
+        (Device::Cpu, Kind::BFloat16) => add_kept_as::<bf16>(dx, t, mask),
+        (Device::Cpu, Kind::Half) => add_kept_as::<f16>(dx, t, mask),
+        _ => {
+            let _ = dx.f_add_(&t.f_mul(mask)?)?;
+            Ok(())
+        }
+    }
+}
+
+fn add_kept_as<T: Float>(dx: &mut Tensor, t: &Tensor, mask: &Tensor) -> Result<()> {
+    read(t, |t: &[T]| {
+        read(mask, |mask: &[u8]| {
+            write(dx, |dx: &mut [T]| {
+                for_each_chunk(dx, PART, |i, dx| {
+                    let part = i * PART..i * PART + dx.len();
+                    dispatch(AddKept { t: &t[part.clone()], mask: &mask[part], dx });
+                })
+            })
+        })
+    })???
+}
+
+struct AddKept<'a, T> {
+    t: &'a [T],
+    mask: &'a [u8],
+    dx: &'a mut [T],
+}
+
+impl<T: Float> Kernel for AddKept<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        for ((dx, t), keep) in self.dx.iter_mut().zip(self.t).zip(self.mask) {
+            let kept = if *keep == 0 { 0.0 } else { t.to_f32() };
+            *dx = T::from_f32(dx.to_f32() + kept);
+        }
+    }
 }
 
 struct Keep<'a, T> {
@@ -157,6 +203,9 @@ mod tests {
             let x = Tensor::randn([70, 999], (Kind::Float, Device::Cpu)).to_kind(kind);
             let mask = draw_mask(&x, 0.3).unwrap();
             assert_eq!(keep(&x, &mask).unwrap(), &x * &mask);
+            let mut sum = x.ones_like();
+            add_kept(&mut sum, &x, &mask).unwrap();
+            assert_eq!(sum, x.ones_like() + &x * &mask);
         }
     }
 }

@@ -4,7 +4,7 @@
 //! it. Saved for the backward pass: x, u = drop(x)·Aᵀ, A, B and, with dropout,
 //! the mask as one byte per element. W stays packed.
 
-use super::dropout::{draw_mask, keep};
+use super::dropout::{add_kept, draw_mask, keep};
 use super::factors::Factors;
 use super::layer::{Factored, OutputChannels, foreign};
 use crate::base::Adapter;
@@ -178,9 +178,7 @@ impl Backward for LoraNode {
                 let a = a.f_to_kind(kind)?;
                 match mask {
                     None => add_product(&mut dx, &w, &a, 1.0, self.scaling)?,
-                    Some(mask) => {
-                        let _ = dx.f_add_(&keep(&self.scaled(&w, &a)?, mask)?)?;
-                    }
+                    Some(mask) => add_kept(&mut dx, &self.scaled(&w, &a)?, mask)?,
                 }
                 grads[0] = Some(self.x.shaped(&dx)?);
             }

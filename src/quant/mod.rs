@@ -30,6 +30,7 @@ mod tiles;
 pub use config::{QuantConfig, QuantConfigBuilder, QuantRule, Treatment};
 pub(crate) use dense::Dense;
 pub(crate) use dynamic_map::dynamic_map;
+pub(crate) use kernels::Float;
 pub(crate) use map::LinearMap;
 pub(crate) use parts::Parts;
 pub(crate) use pattern::matches;
