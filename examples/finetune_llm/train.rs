@@ -126,11 +126,7 @@ fn examples(args: &Args, reader: &Reader) -> Result<(Vec<Example>, Vec<Example>)
 
 /// The base, packed weight by weight as it is read.
 fn load(args: &Args, settings: &Config) -> Result<Base<Llama>> {
-    let config = match (&args.quantize, settings.tie_word_embeddings) {
-        (Some(scheme), true) => Some(scheme.clone().build()?),
-        (Some(scheme), false) => Some(scheme.clone().skip(["lm_head"]).build()?),
-        (None, _) => None,
-    };
+    let config = args.quantize.clone().map(|scheme| scheme.skip(["lm_head"]).build()).transpose()?;
     let bar = show::bar(0, 0);
     let options = QuantizeOptions::new().progress(|progress| {
         bar.set_length(progress.total as u64);

@@ -34,6 +34,12 @@ impl<'a> Places<'a> {
         nn::Linear { ws: self.weight(&[outputs, inputs]), bs: bias.then(|| self.place("bias", &[outputs])) }
     }
 
+    /// `nn::Linear` on the table of the embedding. It has a name of its own, under
+    /// which some files keep the same values once more.
+    pub fn tied(&self, table: &Tensor) -> nn::Linear {
+        nn::Linear { ws: self.path.add("weight", table.shallow_clone(), true), bs: None }
+    }
+
     fn place(&self, name: &str, sizes: &[i64]) -> Tensor {
         let element = Tensor::zeros([1], (self.kind, self.device()));
         self.path.add(name, element.expand(sizes, false), true)

@@ -43,7 +43,7 @@ impl Llama {
         let table = [config.vocab_size, config.hidden_size];
         let embed_tokens = model.sub("embed_tokens").weight(&table);
         let lm_head = match config.tie_word_embeddings {
-            true => nn::Linear { ws: embed_tokens.shallow_clone(), bs: None },
+            true => root.sub("lm_head").tied(&embed_tokens),
             false => root.sub("lm_head").linear(config.hidden_size, config.vocab_size, false),
         };
         let layer = |n| Layer::new(&model.sub("layers").sub(n), config, n);

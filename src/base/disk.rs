@@ -73,11 +73,12 @@ pub(super) fn load(
     let (mut done, total) = (0, schemes.len());
     let mut report = QuantizationReport::default();
     let mut missing = Vec::new();
-    let mut loaded: Vec<usize> = Vec::new();
+    // The name under which each group of tied weights was loaded.
+    let mut loaded: HashMap<usize, &str> = HashMap::new();
     weights.freeze()?;
     for weight in weights.iter() {
-        if weight.site().is_some() {
-            // Tied to one that was loaded.
+        if let Some(first) = aliases.group(weight).and_then(|group| loaded.get(&group)) {
+            pass_over_tied(&files, &weight.name, first)?;
             continue;
         }
         let parts = match weight.module_path().filter(|_| weight.role != WeightRole::Other) {
@@ -108,11 +109,11 @@ pub(super) fn load(
                 continue;
             }
         }
-        loaded.extend(aliases.group(weight));
+        loaded.extend(aliases.group(weight).map(|group| (group, weight.name.as_str())));
     }
     let missing: Vec<String> = missing
         .into_iter()
-        .filter(|weight| !aliases.group(weight).is_some_and(|group| loaded.contains(&group)))
+        .filter(|weight| !aliases.group(weight).is_some_and(|group| loaded.contains_key(&group)))
         .map(|weight| weight.name.clone())
         .collect();
     let unexpected = files.unexpected();
@@ -127,6 +128,19 @@ pub(super) fn load(
         "loaded a quantised base"
     );
     Ok(report)
+}
+
+/// A tied weight that was loaded as `first`: files may hold its values once more.
+fn pass_over_tied(files: &Files, name: &str, first: &str) -> Result<()> {
+    if files.has(name) && !files.are_same(name, first) {
+        return Err(Error::Mismatch {
+            name: name.into(),
+            expected: format!("the values of {first}, to which the module ties it"),
+            found: "others".into(),
+        });
+    }
+    files.pass_over(name);
+    Ok(())
 }
 
 /// Puts a packed weight in the place of a dense one.

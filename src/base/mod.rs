@@ -177,7 +177,8 @@ impl<M> Base<M> {
     /// # Errors
     /// [`Error::Keys`](crate::Error::Keys) unless the files have all of the
     /// module's weights and no others; [`Error::Mismatch`](crate::Error::Mismatch)
-    /// for a shape or dtype; [`Error::NotFinite`](crate::Error::NotFinite),
+    /// for a shape or dtype, and for values that the module ties but the files
+    /// have twice and differently; [`Error::NotFinite`](crate::Error::NotFinite),
     /// [`Error::Corrupt`](crate::Error::Corrupt), [`Error::Io`](crate::Error::Io);
     /// [`Error::AlreadyQuantized`](crate::Error::AlreadyQuantized) and
     /// [`Error::AlreadyAdapted`](crate::Error::AlreadyAdapted). The module's

@@ -51,6 +51,7 @@ MODELS = {
 }
 # The model whose adapters are exchanged, and the layers adapted.
 EXCHANGED = "llama"
+TIED = "qwen2"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -86,6 +87,12 @@ def make(out: Path) -> None:
             record["adapted"] = logits(peft_model, tokens)
             peft_model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         save_file(record, folder / "record.safetensors")
+        if name == TIED:
+            # One file, which holds the tied values twice.
+            twice = out / f"{name}_twice"
+            model.config.save_pretrained(twice)
+            save_file({key: value.clone() for key, value in model.state_dict().items()}, twice / "model.safetensors")
+            save_file(record, twice / "record.safetensors")
 
 
 def check(out: Path) -> None:

@@ -92,6 +92,15 @@ impl AdapterConfig {
         self.as_lora().is_some_and(LoraConfig::ensure_weight_tying)
     }
 
+    /// The dtype of what is trained, if the caller asked for one.
+    pub(crate) fn dtype(&self) -> Option<Kind> {
+        match self {
+            AdapterConfig::Lora(config) => config.dtype,
+            AdapterConfig::Loha(config) => config.dtype,
+            AdapterConfig::Lokr(config) => config.dtype,
+        }
+    }
+
     /// Which biases of the base are trained.
     pub(crate) fn bias(&self) -> Bias {
         self.as_lora().map_or(Bias::None, |config| config.bias)

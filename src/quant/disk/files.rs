@@ -156,8 +156,19 @@ impl Files {
         Ok(tensor.f_to_device(device)?)
     }
 
+    /// Whether two tensors have the same shape, dtype and bits.
+    pub(crate) fn are_same(&self, a: &str, b: &str) -> bool {
+        let (Some(a), Some(b)) = (self.entries.get(a), self.entries.get(b)) else { return false };
+        let bytes = |entry: &Entry| &self.shards[entry.shard].bytes()[entry.start..entry.end];
+        let same = (&a.shape, a.kind, bytes(a)) == (&b.shape, b.kind, bytes(b));
+        for entry in [a, b] {
+            self.shards[entry.shard].release(entry.start..entry.end);
+        }
+        same
+    }
+
     /// Counts a tensor as known without reading it.
-    pub(super) fn pass_over(&self, key: &str) {
+    pub(crate) fn pass_over(&self, key: &str) {
         self.used.borrow_mut().insert(key.to_string());
     }
 
