@@ -18,6 +18,9 @@ use tch_peft::{Base, LoraConfig, LoraModel};
 const LAYERS: usize = 64;
 const WIDTH: i64 = 256;
 const ROWS: i64 = 64;
+/// Sites of a larger model, of this width.
+const SITES: usize = 224;
+const SITE: i64 = 2048;
 const ROUNDS: usize = 7;
 const STEPS: usize = 5;
 const CASES: [&str; 4] = ["base", "lora", "dropout", "dora"];
@@ -149,4 +152,23 @@ fn main() {
     }
     let (here, there) = (median(wraps), peer.seconds("wrap", 1) * 1e3);
     println!("wrap, 2000 linears of 32²: {here:.0} ms, PEFT {there:.0} ms ({:.0}x)", there / here);
+
+    let (mut wraps, mut draws) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        let mut vs = nn::VarStore::new(Device::Cpu);
+        vs.set_kind(Kind::Half);
+        for i in 0..SITES {
+            let _ = vs.root().sub("h").sub(i).zeros("weight", &[SITE, SITE]);
+        }
+        let config = LoraConfig::builder().r(16).target_modules("all-linear").build().unwrap();
+        let start = Instant::now();
+        drop(LoraModel::wrap(Base::from(vs), config).unwrap());
+        wraps.push(start.elapsed().as_secs_f64() * 1e3);
+        let start = Instant::now();
+        let a: Vec<_> =
+            (0..SITES).map(|_| Tensor::empty([16, SITE], (Kind::Float, Device::Cpu)).uniform_(-0.1, 0.1)).collect();
+        draws.push(start.elapsed().as_secs_f64() * 1e3);
+        drop(a);
+    }
+    println!("wrap, {SITES} linears of {SITE}²: {:.0} ms; drawing as many A: {:.0} ms", median(wraps), median(draws));
 }

@@ -28,15 +28,11 @@ fn fixtures() -> Option<&'static Path> {
 }
 
 #[test]
-fn loha_follows_peft() {
+fn loha_and_lokr_follow_peft_which_loads_what_they_save() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
     common::follow::follow(dir, "loha");
-}
-
-#[test]
-fn lokr_follows_peft() {
-    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
     common::follow::follow(dir, "lokr");
+    peer("variants_reference.py", &["load".as_ref(), dir.as_os_str()]);
 }
 
 #[test]

@@ -83,12 +83,20 @@ def repair() -> None:
     lokr.make_kron = lambda w1, w2, scale: make_kron(w1, w2.clone(memory_format=torch.contiguous_format), scale)
 
 
-def steps(out: Path) -> None:
+def through_layers(*args: str) -> None:
     repair()
     layers.CASES = {name: (*case, 1)[:4] for name, case in CASES.items()}
-    # All of them.
-    sys.argv = [sys.argv[0], "make", str(out), ""]
+    sys.argv = [sys.argv[0], *args]
     layers.main()
+
+
+def steps(out: Path) -> None:
+    # All of them.
+    through_layers("make", str(out), "")
+
+
+def load(out: Path) -> None:
+    through_layers("check", str(out))
 
 
 def configs(out: Path) -> None:
@@ -121,4 +129,4 @@ def check(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"steps": steps, "configs": configs, "check": check}[sys.argv[1]](Path(sys.argv[2]))
+    {"steps": steps, "load": load, "configs": configs, "check": check}[sys.argv[1]](Path(sys.argv[2]))
