@@ -21,6 +21,7 @@ use crate::ffi::hook::Operator;
 use crate::ffi::shared::SharedTensor;
 use crate::ffi::simd::{Kernel, Simd, dispatch};
 use crate::quant::frozen::frozen;
+use crate::quant::linear::Like;
 use crate::quant::{LinearMap, PackedWeight};
 use std::sync::{Arc, Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
@@ -52,11 +53,16 @@ impl Norm {
         Ok(norm)
     }
 
-    /// n (out), without gradient.
+    /// n (out), without gradient; in f32 where A and B are narrower, since the
+    /// three terms may nearly cancel.
     fn of(&self, inner: &impl Factored, weight: &Arc<dyn PackedWeight>) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         let (factors, map) = (inner.factors(), LinearMap::new(weight, inner.transposed()));
-        let (a, b, s) = (factors.a().f_flatten(1, -1)?, factors.b().f_flatten(1, -1)?, factors.scaling());
+        let wide = |factor: Tensor| -> Result<Tensor> {
+            let kind = if factor.f_kind()? == Kind::Double { Kind::Double } else { Kind::Float };
+            Ok(factor.f_flatten(1, -1)?.f_to_kind(kind)?)
+        };
+        let (a, b, s) = (wide(factors.a())?, wide(factors.b())?, factors.scaling());
         let base = self.base_squared(weight, &map, a.f_kind()?)?;
         // (2s·W·Aᵀ + s²·B·A·Aᵀ)ᵀ, (r, out).
         let gram = a.f_mm(&a.f_tr()?)?;
@@ -92,7 +98,7 @@ impl<L: Factored> Dora<L> {
     /// m starts at the norm of W + ΔW, so that the model starts as LoRA's.
     pub(super) fn new(inner: L, weight: &Arc<dyn PackedWeight>) -> Result<Self> {
         let norm = Norm::default();
-        let mut magnitude = norm.of(&inner, weight)?;
+        let mut magnitude = norm.of(&inner, weight)?.f_to_kind(inner.factors().a().f_kind()?)?;
         if matches!(inner.output_channels(), OutputChannels::Second) {
             magnitude = inner.output_channels().broadcast(&magnitude, weight.sizes().len())?;
         }
@@ -133,7 +139,7 @@ fn rescale(
     if autograd::needs_grad(&inputs) {
         let others = (0..dims as i64).filter(|dim| *dim != channels.dim(dims)).collect();
         let bias = bias.map(|bias| bias.f_kind()).transpose()?;
-        let node = Rescaled { others, magnitude: magnitude.size(), bias };
+        let node = Rescaled { others, magnitude: Like::new(magnitude)?, bias };
         autograd::record(&inputs, &[z, &gain, norm], &y, Box::new(node))?;
     }
     Ok(y)
@@ -187,8 +193,7 @@ impl Kernel for ColumnSums<'_> {
 struct Rescaled {
     /// The dimensions that don't count output features.
     others: Vec<i64>,
-    /// The shape of m.
-    magnitude: Vec<i64>,
+    magnitude: Like,
     bias: Option<Kind>,
 }
 
@@ -208,7 +213,7 @@ impl Backward for Rescaled {
                 Some(sums) => sums,
                 None => sum(&grad.f_to_kind(wide)?.f_mul(z)?, wide)?,
             };
-            grads[1] = Some(sums.f_div_(norm)?.f_view(self.magnitude.as_slice())?);
+            grads[1] = Some(self.magnitude.shaped(&sums.f_div_(norm)?)?);
         }
         if let Some(kind) = self.bias {
             grads.push(needs(2).then(|| sum(grad, kind)).transpose()?);
