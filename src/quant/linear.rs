@@ -11,9 +11,11 @@ use crate::ffi::autograd::{self, Backward};
 use crate::ffi::runtime::autocast_kind;
 use tch::{Kind, Tensor};
 
-/// A dense weight as the matrix that products see.
-fn dense_matrix(weight: &dyn PackedWeight) -> Result<Option<Tensor>> {
+/// A dense weight as the matrix that products see, if it is of their dtype:
+/// another one is cast tile by tile.
+fn dense_matrix(weight: &dyn PackedWeight, kind: Kind) -> Result<Option<Tensor>> {
     match weight.as_dense() {
+        _ if weight.kind() != kind => Ok(None),
         Some(dense) if dense.dim() != 2 => Ok(Some(dense.f_view(weight.shape())?)),
         dense => Ok(dense),
     }
@@ -32,8 +34,8 @@ fn few(kind: Kind) -> i64 {
 pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (kind, [out, inn]) = (x.f_kind()?, weight.shape());
     let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
-    if let Some(dense) = dense_matrix(weight)? {
-        return gemm::linear(x, &dense.f_to_kind(kind)?, bias.as_ref());
+    if let Some(dense) = dense_matrix(weight, kind)? {
+        return gemm::linear(x, &dense, bias.as_ref());
     }
     let add = |mut y: Tensor| match &bias {
         Some(bias) => Ok(y.f_add_(bias)?),
@@ -60,8 +62,8 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
 /// Sums are in f32, or f64 for such g.
 pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Result<Tensor> {
     let (kind, [out, inn]) = (g.f_kind()?, weight.shape());
-    if let Some(dense) = dense_matrix(weight)? {
-        return gemm::multiply(g, &dense.f_to_kind(kind)?);
+    if let Some(dense) = dense_matrix(weight, kind)? {
+        return gemm::multiply(g, &dense);
     }
     let n = g.size2()?.0;
     let mut dx = Tensor::f_empty([n, inn], (kind, g.device()))?;
