@@ -8,9 +8,8 @@ mod common;
 mod example;
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use common::{assert_close, peer, read};
@@ -26,14 +25,7 @@ const ARGUMENTS: &str = "FINETUNE_LLM_ARGUMENTS";
 
 /// The model and the texts of the peer, made once.
 fn files() -> Option<&'static Path> {
-    static MADE: OnceLock<PathBuf> = OnceLock::new();
-    common::python()?;
-    let path = MADE.get_or_init(|| {
-        let dir = common::fresh_dir("finetune_llm");
-        peer("finetune_llm.py", &["make".as_ref(), dir.as_os_str()]);
-        dir
-    });
-    Some(path)
+    common::made("finetune_llm", "finetune_llm.py", &["make"])
 }
 
 /// Not a test: what the child processes run.

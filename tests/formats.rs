@@ -5,10 +5,9 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::path::Path;
 
-use common::{assert_close, assert_differs, assert_same, peer, python, read, rng};
+use common::{assert_close, assert_differs, assert_same, peer, read, rng};
 use tch::{Kind, Tensor};
 use tch_peft::{
     AdapterFile, AdapterFormat, Base, Error, KeyMapping, LoraConfig, LoraConfigBuilder, LoraModel, QuantConfig,
@@ -19,14 +18,7 @@ use tch_peft::{
 const TOLERANCE: f64 = 1e-5;
 
 fn fixtures() -> Option<&'static Path> {
-    static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let made = MADE.get_or_init(|| {
-        python()?;
-        let dir = common::fresh_dir("formats");
-        peer("formats_reference.py", &["make".as_ref(), dir.as_os_str()]);
-        Some(dir)
-    });
-    made.as_deref()
+    common::made("formats", "formats_reference.py", &["make"])
 }
 
 /// A module and the inputs that it is tried on.

@@ -3,10 +3,9 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::path::Path;
 
-use common::{assert_close, assert_differs, assert_same, bits, peer, python, read, rng, write};
+use common::{assert_close, assert_differs, assert_same, bits, peer, read, rng, write};
 use tch::nn;
 use tch::{Device, Kind, Tensor};
 use tch_peft::quant::quantize;
@@ -18,14 +17,7 @@ use tch_peft::{
 const BATCHES: usize = 2;
 
 fn fixtures() -> Option<&'static Path> {
-    static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let made = MADE.get_or_init(|| {
-        python()?;
-        let dir = common::fresh_dir("inits");
-        peer("inits_reference.py", &["make".as_ref(), dir.as_os_str()]);
-        Some(dir)
-    });
-    made.as_deref()
+    common::made("inits", "inits_reference.py", &["make"])
 }
 
 #[track_caller]

@@ -8,9 +8,8 @@ mod llama;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::sync::OnceLock;
 
 use common::{assert_close, assert_differs, peer, read, rng};
 use llama::Llama;
@@ -33,14 +32,7 @@ const TARGETS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
 
 /// The models of the peer, made once.
 fn models() -> Option<&'static Path> {
-    static MADE: OnceLock<PathBuf> = OnceLock::new();
-    common::python()?;
-    let path = MADE.get_or_init(|| {
-        let dir = common::fresh_dir("native_llama");
-        peer("native_llama.py", &["make".as_ref(), dir.as_os_str()]);
-        dir
-    });
-    Some(path)
+    common::made("native_llama", "native_llama.py", &["make"])
 }
 
 fn load(folder: &Path, quantize: Option<&QuantConfig>) -> Base<Llama> {

@@ -3,9 +3,8 @@
 mod common;
 mod twin;
 
-use common::{assert_close, assert_differs, assert_same, bits, peer, python, read, rng};
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use common::{assert_close, assert_differs, assert_same, bits, peer, read, rng};
+use std::path::Path;
 use tch::nn::Module;
 use tch::{Kind, Tensor};
 use tch_peft::{
@@ -17,14 +16,7 @@ use twin::Net;
 const TOLERANCE: f64 = 1e-5;
 
 fn fixtures() -> Option<&'static Path> {
-    static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let made = MADE.get_or_init(|| {
-        python()?;
-        let dir = common::fresh_dir("operations");
-        peer("operations_reference.py", &["make".as_ref(), dir.as_os_str()]);
-        Some(dir)
-    });
-    made.as_deref()
+    common::made("operations", "operations_reference.py", &["make"])
 }
 
 /// The base with PEFT's adapters `default`, `b` and `c`, of which `default` is active.

@@ -4,10 +4,9 @@
 mod common;
 mod twin;
 
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::path::Path;
 
-use common::{assert_close, assert_differs, assert_same, bits, peer, python, read, rng};
+use common::{assert_close, assert_differs, assert_same, bits, peer, read, rng};
 use tch::nn::Module;
 use tch::{Kind, Tensor};
 use tch_peft::{
@@ -20,14 +19,7 @@ const TOLERANCE: f64 = 1e-5;
 
 /// What PEFT made: written once by the first test that asks.
 fn fixtures() -> Option<&'static Path> {
-    static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let made = MADE.get_or_init(|| {
-        python()?;
-        let dir = common::fresh_dir("peft_interop");
-        peer("peft_interop.py", &["make".as_ref(), dir.as_os_str()]);
-        Some(dir)
-    });
-    made.as_deref()
+    common::made("peft_interop", "peft_interop.py", &["make"])
 }
 
 fn llama(dir: &Path) -> Base<TorchScript> {

@@ -5,10 +5,9 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::path::Path;
 
-use common::{assert_close, assert_differs, assert_same, bits, peer, python, read, rng};
+use common::{assert_close, assert_differs, assert_same, bits, read, rng};
 use tch::{Kind, Tensor};
 use tch_peft::{Base, Error, LoraConfig, LoraModel, QuantConfig, TorchScript};
 
@@ -18,14 +17,7 @@ const ITERATIONS: usize = 6;
 const MODELS: [&str; 2] = ["llama-tiny", "mlp-tiny"];
 
 fn fixtures() -> Option<&'static Path> {
-    static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let made = MADE.get_or_init(|| {
-        python()?;
-        let dir = common::fresh_dir("torchscript");
-        peer("torchscript_reference.py", &[dir.as_os_str()]);
-        Some(dir)
-    });
-    made.as_deref()
+    common::made("torchscript", "torchscript_reference.py", &[])
 }
 
 fn load(dir: &Path, model: &str) -> Base<TorchScript> {

@@ -8,7 +8,6 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use common::{assert_close, assert_differs, peer, python, read, relative_error, rng};
 use serde_json::Value;
@@ -18,14 +17,7 @@ use tch_peft::{Base, LoraConfig, LoraModel, QuantConfig, TorchScript};
 const ITERATIONS: usize = 6;
 
 fn fixtures() -> Option<&'static Path> {
-    static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let made = MADE.get_or_init(|| {
-        python()?;
-        let dir = common::fresh_dir("torchscript_models");
-        peer("models_reference.py", &["make".as_ref(), dir.as_os_str()]);
-        Some(dir)
-    });
-    made.as_deref()
+    common::made("torchscript_models", "models_reference.py", &["make"])
 }
 
 struct Run {

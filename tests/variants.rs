@@ -5,8 +5,7 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::path::Path;
 
 use common::{assert_close, assert_differs, assert_same, peer, python, rng};
 use tch::nn::{self, ModuleT};
@@ -17,14 +16,7 @@ use tch_peft::{
 };
 
 fn fixtures() -> Option<&'static Path> {
-    static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let made = MADE.get_or_init(|| {
-        python()?;
-        let dir = common::fresh_dir("variants");
-        peer("variants_reference.py", &["steps".as_ref(), dir.as_os_str()]);
-        Some(dir)
-    });
-    made.as_deref()
+    common::made("variants", "variants_reference.py", &["steps"])
 }
 
 #[test]

@@ -8,7 +8,7 @@
 //! are below the share to keep.
 
 use crate::error::Result;
-use crate::ffi::bytes::{Plain, read, write};
+use crate::ffi::bytes::{read, write};
 use crate::ffi::compute::for_each_chunk;
 use crate::ffi::generator::{Engine, WORDS, with_cpu_engine};
 use crate::ffi::simd::{Kernel, Simd, dispatch};
@@ -42,18 +42,9 @@ pub(super) fn keep(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
     }
 }
 
-fn keep_as<T: Plain + Default>(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+fn keep_as<T: Float>(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let mut kept = Tensor::f_empty(x.size(), (T::KIND, Device::Cpu))?;
-    read(x, |x: &[T]| {
-        read(mask, |mask: &[u8]| {
-            write(&mut kept, |kept: &mut [T]| {
-                for_each_chunk(kept, PART, |i, kept| {
-                    let part = i * PART..i * PART + kept.len();
-                    dispatch(Keep { x: &x[part.clone()], mask: &mask[part], kept });
-                })
-            })
-        })
-    })????;
+    each(x, mask, &mut kept, |x: T, keep, to: &mut T| *to = if keep { x } else { T::from_f32(0.0) })?;
     Ok(kept)
 }
 
@@ -71,49 +62,43 @@ pub(super) fn add_kept(dx: &mut Tensor, t: &Tensor, mask: &Tensor) -> Result<()>
 }
 
 fn add_kept_as<T: Float>(dx: &mut Tensor, t: &Tensor, mask: &Tensor) -> Result<()> {
-    read(t, |t: &[T]| {
+    each(t, mask, dx, |t: T, keep, dx: &mut T| {
+        let kept = if keep { t.to_f32() } else { 0.0 };
+        *dx = T::from_f32(dx.to_f32() + kept);
+    })
+}
+
+/// Calls `f` with each element of `from`, whether it is kept, and the one of `to`.
+fn each<T: Float, F>(from: &Tensor, mask: &Tensor, to: &mut Tensor, f: F) -> Result<()>
+where
+    F: Fn(T, bool, &mut T) + Copy + Sync,
+{
+    read(from, |from: &[T]| {
         read(mask, |mask: &[u8]| {
-            write(dx, |dx: &mut [T]| {
-                for_each_chunk(dx, PART, |i, dx| {
-                    let part = i * PART..i * PART + dx.len();
-                    dispatch(AddKept { t: &t[part.clone()], mask: &mask[part], dx });
+            write(to, |to: &mut [T]| {
+                for_each_chunk(to, PART, |i, to| {
+                    let part = i * PART..i * PART + to.len();
+                    dispatch(Each { from: &from[part.clone()], mask: &mask[part], to, f });
                 })
             })
         })
     })???
 }
 
-struct AddKept<'a, T> {
-    t: &'a [T],
+struct Each<'a, T, F> {
+    from: &'a [T],
     mask: &'a [u8],
-    dx: &'a mut [T],
+    to: &'a mut [T],
+    f: F,
 }
 
-impl<T: Float> Kernel for AddKept<'_, T> {
+impl<T: Float, F: Fn(T, bool, &mut T)> Kernel for Each<'_, T, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        for ((dx, t), keep) in self.dx.iter_mut().zip(self.t).zip(self.mask) {
-            let kept = if *keep == 0 { 0.0 } else { t.to_f32() };
-            *dx = T::from_f32(dx.to_f32() + kept);
-        }
-    }
-}
-
-struct Keep<'a, T> {
-    x: &'a [T],
-    mask: &'a [u8],
-    kept: &'a mut [T],
-}
-
-impl<T: Plain + Default> Kernel for Keep<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        for ((to, x), keep) in self.kept.iter_mut().zip(self.x).zip(self.mask) {
-            *to = if *keep == 0 { T::default() } else { *x };
+        for ((to, from), keep) in self.to.iter_mut().zip(self.from).zip(self.mask) {
+            (self.f)(*from, *keep != 0, to);
         }
     }
 }

@@ -69,6 +69,22 @@ pub fn fresh_dir(name: &str) -> PathBuf {
     dir
 }
 
+/// The folder of this name that a script fills, once for all tests of a binary: called with `args` and
+/// the folder. None without the Python peers.
+pub fn made(name: &'static str, script: &str, args: &[&str]) -> Option<&'static Path> {
+    static MADE: Mutex<BTreeMap<&str, &Path>> = Mutex::new(BTreeMap::new());
+    python()?;
+    let mut made = MADE.lock().unwrap();
+    if let Some(dir) = made.get(name) {
+        return Some(dir);
+    }
+    let dir: &'static Path = Box::leak(fresh_dir(name).into_boxed_path());
+    let args: Vec<_> = args.iter().map(AsRef::as_ref).chain([dir.as_os_str()]).collect();
+    peer(script, &args);
+    made.insert(name, dir);
+    Some(dir)
+}
+
 /// Held by every test that draws from libtorch's default generator, or seeds it:
 /// the tests of a binary run on threads of one process and share it.
 pub fn rng() -> MutexGuard<'static, ()> {
