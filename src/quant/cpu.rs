@@ -1,7 +1,7 @@
 //! Which kernel serves which scheme on the CPU: lends the packed tensors to
 //! the kernels as slices.
 
-use super::kernels::{self, Bytes, Codes, Dtype, E4m3, E5m2, Float, Floats, Format, Groups, I8, Scales, Tile};
+use super::kernels::{self, Bytes, Codes, Double, Dtype, E4m3, E5m2, Float, Floats, Format, Groups, I8, Tile};
 use super::{Fp8Format, PackedWeight, Scheme};
 use crate::error::Result;
 use crate::ffi::bytes::{read, write};
@@ -49,12 +49,11 @@ pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
         Scheme::Nf4 { block_size, .. } | Scheme::Fp4 { block_size, .. } => {
             let (Some(data), Some(code)) = (data, tensor("weight.quant_map")) else { return Ok(false) };
             let Some(dtype) = dtype(weight.kind()) else { return Ok(false) };
+            let block = block_size as usize;
             read(data, |bytes| {
                 read(code, |code: &[f32]| {
                     let Some(code) = code.first_chunk() else { return Ok(false) };
-                    with_scales(&tensor, |scales| {
-                        serve(&Codes { bytes, scales, code, block: block_size as usize, dtype }, shape, op)
-                    })
+                    codes(&tensor, &Codes { bytes, scales: (), code, block, dtype }, shape, op)
                 })
             })??
         }
@@ -102,22 +101,24 @@ fn floats(tensor: &Tensor, f: impl FnOnce(Floats) -> Result<bool>) -> Result<boo
     }
 }
 
-/// Lends the scales of a weight in bitsandbytes' layout, quantised or not.
-fn with_scales<'t>(
+/// Serves a weight in bitsandbytes' layout with its scales, quantised or not.
+fn codes<'t>(
     tensor: &dyn Fn(&str) -> Option<&'t Tensor>,
-    f: impl FnOnce(Scales) -> Result<bool>,
+    codes: &Codes<()>,
+    shape: [usize; 2],
+    op: Op,
 ) -> Result<bool> {
     let Some(absmax) = tensor("weight.absmax") else { return Ok(false) };
     let nested = ["weight.nested_quant_map", "weight.nested_absmax", "weight.nested_offset"].map(tensor);
     let [Some(map), Some(nested), Some(offset)] = nested else {
-        return read(absmax, |scales: &[f32]| f(Scales::Plain(scales)))?;
+        return read(absmax, |scales: &[f32]| serve(&codes.with(scales), shape, op))?;
     };
     let offset = f64::try_from(offset)? as f32;
-    read(absmax, |codes: &[u8]| {
+    read(absmax, |scales: &[u8]| {
         read(map, |map: &[f32]| {
             read(nested, |nested: &[f32]| {
-                let nested_block = super::codebook::NESTED_BLOCK as usize;
-                f(Scales::Double { codes, map, nested, nested_block, offset })
+                let Some(map) = map.first_chunk() else { return Ok(false) };
+                serve(&codes.with(Double { codes: scales, map, nested, offset }), shape, op)
             })
         })
     })???

@@ -135,7 +135,7 @@ impl Simd for Avx512 {
         // SAFETY: see above.
         unsafe {
             let lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
-            let codes = _mm512_srl_epi32(lanes, _mm_cvtsi32_si128(shift as i32));
+            let codes = _mm512_srlv_epi32(lanes, _mm512_set1_epi32((shift & 31) as i32));
             _mm512_permutexvar_ps(codes, table)
         }
     }
@@ -151,10 +151,10 @@ impl Simd for Avx512 {
         // See `portable::e4m3`.
         // SAFETY: see above.
         unsafe {
-            let words = _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes.as_ptr().cast()));
-            let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(words, _mm256_set1_epi16(0x80)));
-            let rest = _mm256_slli_epi16::<7>(_mm256_and_si256(words, _mm256_set1_epi16(0x7f)));
-            _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, rest)), _mm512_set1_ps(256.0))
+            let words = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(bytes.as_ptr().cast())));
+            // The sign is in the two upper bits.
+            let half = _mm256_and_si256(words, _mm256_set1_epi16(!0x4000));
+            _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0))
         }
     }
 

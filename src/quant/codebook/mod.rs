@@ -7,7 +7,6 @@ mod blocks;
 mod code;
 mod cpu;
 mod scales;
-pub(super) use scales::NESTED_BLOCK;
 
 use super::{Meta, PackedWeight, Parts, Scheme};
 use crate::error::Result;

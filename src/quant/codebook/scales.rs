@@ -6,10 +6,11 @@ use crate::error::Result;
 use crate::ffi::bytes;
 use crate::ffi::shared::SharedTensor;
 use crate::quant::dynamic_map::dynamic_map;
+use crate::quant::kernels::Double;
 use tch::{Kind, Tensor};
 
 /// Scales that share a scale of their own under double quantisation.
-pub(crate) const NESTED_BLOCK: i64 = 256;
+const NESTED_BLOCK: i64 = Double::NESTED_BLOCK as i64;
 
 /// One scale per block.
 #[derive(Debug)]

@@ -27,54 +27,87 @@ pub(crate) trait Format: Sync {
 
     /// The element at `at` of a block, for what is left over.
     fn value(&self, index: usize, at: usize) -> f32;
+
+    /// Whether [`pair`](Self::pair) answers the even elements and the odd ones,
+    /// not the first sixteen and the others.
+    const INTERLEAVED: bool = false;
+
+    /// The elements `32 i .. 32 i + 32` of a block, which must be there, over
+    /// the [`factor`](Self::factor) of their row: what products read.
+    #[inline(always)]
+    fn pair<S: Simd>(&self, s: S, block: &Self::Block<S>, i: usize) -> [S::V; 2] {
+        [self.values(s, block, 2 * i), self.values(s, block, 2 * i + 1)]
+    }
+
+    /// What the sum over a row is multiplied by.
+    #[inline(always)]
+    fn factor(&self, _row: usize) -> f32 {
+        1.0
+    }
 }
 
 /// The scales of [`Codes`], one for each block.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Scales<'a> {
-    Plain(&'a [f32]),
-    /// Quantised themselves: `map[codes[b]] · nested[b / nested_block] + offset`.
-    Double {
-        codes: &'a [u8],
-        map: &'a [f32],
-        nested: &'a [f32],
-        nested_block: usize,
-        offset: f32,
-    },
+pub(crate) trait Scales: Sync {
+    fn at(&self, block: usize) -> f32;
 }
 
-impl Scales<'_> {
+impl Scales for &[f32] {
     #[inline(always)]
     fn at(&self, block: usize) -> f32 {
-        match self {
-            Scales::Plain(scales) => scales[block],
-            Scales::Double { codes, map, nested, nested_block, offset } => {
-                map[usize::from(codes[block])] * nested[block / nested_block] + offset
-            }
-        }
+        self[block]
+    }
+}
+
+/// Scales that are quantised themselves:
+/// `map[codes[b]] · nested[b / NESTED_BLOCK] + offset`.
+#[derive(Debug)]
+pub(crate) struct Double<'a> {
+    pub(crate) codes: &'a [u8],
+    pub(crate) map: &'a [f32; 256],
+    pub(crate) nested: &'a [f32],
+    pub(crate) offset: f32,
+}
+
+impl Double<'_> {
+    /// Scales of a block of their own.
+    pub(crate) const NESTED_BLOCK: usize = 256;
+}
+
+impl Scales for Double<'_> {
+    #[inline(always)]
+    fn at(&self, block: usize) -> f32 {
+        self.map[usize::from(self.codes[block])] * self.nested[block / Self::NESTED_BLOCK] + self.offset
     }
 }
 
 /// bitsandbytes' 4 bits: `code[q] · scale` with an f32 scale for each block,
 /// rounded to the dtype; the even element of a pair is the high nibble.
 #[derive(Debug)]
-pub(crate) struct Codes<'a> {
+pub(crate) struct Codes<'a, Sc> {
     pub(crate) bytes: &'a [u8],
-    pub(crate) scales: Scales<'a>,
+    pub(crate) scales: Sc,
     pub(crate) code: &'a [f32; LANES],
     /// Even, so that no byte is in two blocks.
     pub(crate) block: usize,
     pub(crate) dtype: Dtype,
 }
 
+impl<'a> Codes<'a, ()> {
+    /// The same codes with their scales.
+    pub(crate) fn with<Sc>(&self, scales: Sc) -> Codes<'a, Sc> {
+        let Codes { bytes, code, block, dtype, .. } = *self;
+        Codes { bytes, scales, code, block, dtype }
+    }
+}
+
 /// A table of values, and bytes of two codes each.
 #[derive(Clone, Copy)]
 pub(crate) struct Nibbles<'a, V> {
     table: V,
-    bytes: &'a [[u8; LANES / 2]],
+    bytes: &'a [u8],
 }
 
-impl<'a> Format for Codes<'a> {
+impl<'a, Sc: Scales> Format for Codes<'a, Sc> {
     type Block<S: Simd> = Nibbles<'a, S::V>;
 
     #[inline(always)]
@@ -88,12 +121,21 @@ impl<'a> Format for Codes<'a> {
         let table = self.dtype.round(s, s.mul(s.load(self.code), scale));
         let start = index * (self.block / 2);
         let end = (start + self.block / 2).min(self.bytes.len());
-        Nibbles { table, bytes: self.bytes[start..end].as_chunks().0 }
+        Nibbles { table, bytes: &self.bytes[start..end] }
     }
 
     #[inline(always)]
     fn values<S: Simd>(&self, s: S, block: &Nibbles<'a, S::V>, i: usize) -> S::V {
-        s.look_up_nibbles(block.table, &block.bytes[i])
+        s.look_up_nibbles(block.table, &block.bytes.as_chunks().0[i])
+    }
+
+    const INTERLEAVED: bool = true;
+
+    // A byte is widened once for both of its codes.
+    #[inline(always)]
+    fn pair<S: Simd>(&self, s: S, block: &Nibbles<'a, S::V>, i: usize) -> [S::V; 2] {
+        let bytes = &block.bytes.as_chunks().0[i];
+        [s.look_up_field(block.table, bytes, 4), s.look_up_field(block.table, bytes, 0)]
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {
@@ -184,6 +226,20 @@ impl<'a, B: Byte> Format for Bytes<'a, B> {
         self.dtype.round(s, s.mul(B::widen(s, &block.bytes[i]), block.scale))
     }
 
+    // In f32 nothing is rounded: the scale can wait for the sum.
+    #[inline(always)]
+    fn pair<S: Simd>(&self, s: S, block: &Scaled<'a, S::V>, i: usize) -> [S::V; 2] {
+        match self.dtype {
+            Dtype::F32 => [B::widen(s, &block.bytes[2 * i]), B::widen(s, &block.bytes[2 * i + 1])],
+            _ => [self.values(s, block, 2 * i), self.values(s, block, 2 * i + 1)],
+        }
+    }
+
+    #[inline(always)]
+    fn factor(&self, row: usize) -> f32 {
+        if self.dtype == Dtype::F32 { self.scales.at(row) } else { 1.0 }
+    }
+
     fn value(&self, index: usize, at: usize) -> f32 {
         let number = B::widen(Portable, &[self.bytes[index * self.row + at]; LANES])[0];
         self.dtype.round_one(number * self.scales.at(index))
@@ -217,8 +273,13 @@ impl<'a> Groups<'a> {
     /// Where the bytes of a group start, and how far up its bits are.
     #[inline(always)]
     fn place(&self, index: usize) -> (usize, u32) {
-        let part = index / self.packed_rows;
-        ((index - part * self.packed_rows) * self.group, (part * self.bits) as u32)
+        // Four parts at most: a division would take longer.
+        let (mut row, mut shift) = (index, 0);
+        while row >= self.packed_rows {
+            row -= self.packed_rows;
+            shift += self.bits as u32;
+        }
+        (row * self.group, shift)
     }
 
     /// The 16 values that four bits can mean; of two bits, the upper ones of

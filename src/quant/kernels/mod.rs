@@ -15,7 +15,7 @@ mod formats;
 mod unpack;
 
 pub(crate) use float::{Dtype, Float, Floats};
-pub(crate) use formats::{Bytes, Codes, E4m3, E5m2, Format, Groups, I8, Scales};
+pub(crate) use formats::{Bytes, Codes, Double, E4m3, E5m2, Format, Groups, I8};
 pub(crate) use unpack::{Tile, unpack};
 
 use crate::error::Result;
