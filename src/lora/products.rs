@@ -88,7 +88,10 @@ impl Products {
             return Ok(product);
         }
         let (l, r) = (floats(l)?, floats(r)?);
-        matrix([p, q], |to| Ok(dispatch(Outer { l: &l, r: &r, width: q as usize, scale: s as f32, to })))
+        matrix([p, q], |to| {
+            dispatch(Outer { l: &l, r: &r, width: q as usize, scale: s as f32, to });
+            Ok(())
+        })
     }
 }
 
