@@ -8,6 +8,7 @@ mod affine;
 mod cast;
 mod codebook;
 mod config;
+mod convolution;
 mod cpu;
 mod dense;
 pub(crate) mod disk;
