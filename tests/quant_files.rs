@@ -110,7 +110,7 @@ fn files_are_exchanged_with_the_python_libraries() {
     for (name, _) in QUANTO {
         let packed = if name.starts_with("qint8") || name.starts_with("qfloat") { 5 } else { 4 };
         compare(&theirs, &format!("{name}_float32"), packed);
-        compare(&theirs, &format!("{name}_bfloat16"), if name == "qint4" { 3 } else { packed });
+        compare(&theirs, &format!("{name}_bfloat16"), packed);
     }
     for case in ["gptq", "gptq_order", "gptq_v2", "awq"] {
         let base = compare(&theirs, case, 1);
