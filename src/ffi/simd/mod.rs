@@ -14,6 +14,7 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod packing;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -22,13 +23,14 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
+pub(crate) use packing::Packing;
 pub(crate) use portable::Portable;
 
 /// Lanes of a [`Simd::V`].
 pub(crate) const LANES: usize = 16;
 
 /// An instruction set, proven to be there.
-pub(crate) trait Simd: Copy + Send + Sync + 'static {
+pub(crate) trait Simd: Packing<<Self as Simd>::V> + Send + Sync + 'static {
     /// Sixteen f32.
     type V: Copy;
 
@@ -151,6 +153,20 @@ mod tests {
             keep(s.mul(v, v));
             keep(s.round_bf16(v));
             keep(s.round_f16(v));
+            keep(s.add(v, s.splat(1.5)));
+            keep(s.div(v, s.splat(-0.3)));
+            keep(s.abs(v));
+            let reversed = s.load(&std::array::from_fn(|i| self.values[LANES - 1 - i]));
+            keep(s.min(v, reversed));
+            keep(s.max(v, reversed));
+            keep(s.min(s.splat(0.0), s.splat(-0.0)));
+            keep(s.max(s.splat(0.0), s.splat(-0.0)));
+            let small = s.max(s.min(s.mul(v, s.splat(0.5)), s.splat(255.0)), s.splat(-128.0));
+            let halves = s.load(&std::array::from_fn(|i| f32::from(bytes[i]) / 2.0 - 60.0));
+            keep(s.round(small));
+            keep(s.round(halves));
+            keep(s.load_bf16(&self.values.map(bf16::from_f32)));
+            keep(s.load_f16(&self.values.map(f16::from_f32)));
             keep(s.look_up_nibbles(v, half));
             for shift in [0, 2, 4, 6] {
                 keep(s.look_up_field(v, bytes, shift));
@@ -161,6 +177,10 @@ mod tests {
             let (mut b, mut f) = ([bf16::ZERO; LANES], [f16::ZERO; LANES]);
             s.store_bf16(v, &mut b);
             s.store_f16(v, &mut f);
+            let bounds = std::array::from_fn(|i| i as f32 * 8.5 - 60.0);
+            for bytes in [s.to_bytes(small), s.to_bytes(halves), s.count_below(halves, &bounds)] {
+                results.push(bytes.map(u32::from).to_vec());
+            }
             results.push(b.map(|b| u32::from(b.to_bits())).to_vec());
             results.push(f.map(|f| u32::from(f.to_bits())).to_vec());
             results

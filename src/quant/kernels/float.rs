@@ -6,14 +6,18 @@ use half::{bf16, f16};
 
 /// A dtype of tiles and activations.
 pub(crate) trait Float: Plain {
+    const DTYPE: Dtype;
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
+    fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::V;
     /// Stores the nearest values of this type.
     fn store<S: Simd>(s: S, v: S::V, to: &mut [Self; LANES]);
 }
 
 macro_rules! float {
-    ($($t:ty: $from:expr, $to:expr, $store:ident);*) => { $(impl Float for $t {
+    ($($t:ty: $dtype:ident, $from:expr, $to:expr, $load:ident, $store:ident);*) => { $(impl Float for $t {
+        const DTYPE: Dtype = Dtype::$dtype;
+
         #[inline(always)]
         fn from_f32(value: f32) -> Self {
             $from(value)
@@ -25,15 +29,20 @@ macro_rules! float {
         }
 
         #[inline(always)]
+        fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::V {
+            s.$load(from)
+        }
+
+        #[inline(always)]
         fn store<S: Simd>(s: S, v: S::V, to: &mut [Self; LANES]) {
             s.$store(v, to);
         }
     })* };
 }
 float! {
-    f32: |v| v, |v| v, store;
-    bf16: bf16::from_f32, bf16::to_f32, store_bf16;
-    f16: f16::from_f32, f16::to_f32, store_f16
+    f32: F32, |v| v, |v| v, load, store;
+    bf16: Bf16, bf16::from_f32, bf16::to_f32, load_bf16, store_bf16;
+    f16: F16, f16::from_f32, f16::to_f32, load_f16, store_f16
 }
 
 /// The dtype of a weight, which its values are rounded to.

@@ -103,8 +103,8 @@ impl<'a> Codes<'a, ()> {
 /// A table of values, and bytes of two codes each.
 #[derive(Clone, Copy)]
 pub(crate) struct Nibbles<'a, V> {
-    table: V,
-    bytes: &'a [u8],
+    pub(super) table: V,
+    pub(super) bytes: &'a [u8],
 }
 
 impl<'a, Sc: Scales> Format for Codes<'a, Sc> {
@@ -246,6 +246,47 @@ impl<'a, B: Byte> Format for Bytes<'a, B> {
     }
 }
 
+/// bitsandbytes' 8 bits: `q · absmax · step` with an f32 maximum for each row,
+/// rounded to the dtype.
+#[derive(Debug)]
+pub(crate) struct Absmax<'a> {
+    pub(crate) bytes: &'a [u8],
+    pub(crate) scales: &'a [f32],
+    /// 1 / 127.
+    pub(crate) step: f32,
+    pub(crate) row: usize,
+    pub(crate) dtype: Dtype,
+}
+
+impl<'a> Format for Absmax<'a> {
+    type Block<S: Simd> = Scaled<'a, S::V>;
+
+    #[inline(always)]
+    fn block_len(&self) -> usize {
+        self.row
+    }
+
+    #[inline(always)]
+    fn block<S: Simd>(&self, s: S, index: usize) -> Scaled<'a, S::V> {
+        let bytes = self.bytes[index * self.row..][..self.row].as_chunks().0;
+        Scaled { scale: s.splat(self.scales[index]), bytes }
+    }
+
+    #[inline(always)]
+    fn values<S: Simd>(&self, s: S, block: &Scaled<'a, S::V>, i: usize) -> S::V {
+        let scaled = s.mul(s.widen_i8(&block.bytes[i]), block.scale);
+        self.dtype.round(s, s.mul(scaled, s.splat(self.step)))
+    }
+
+    fn value(&self, index: usize, at: usize) -> f32 {
+        let number = f32::from(self.bytes[index * self.row + at] as i8);
+        self.dtype.round_one(number * self.scales[index] * self.step)
+    }
+}
+
+/// What four bits can mean as an integer.
+pub(super) const CODES: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+
 /// optimum-quanto's 4 and 2 bits: `scale · q − shift` in the weight's dtype for
 /// each group, the rows of the grouped matrix packed one part over the other.
 ///
@@ -286,9 +327,8 @@ impl<'a> Groups<'a> {
     /// which are another group's, the four values over and over.
     #[inline(always)]
     fn table<S: Simd>(&self, s: S, index: usize) -> S::V {
-        const FOUR: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
         const TWO: [f32; LANES] = [0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3.];
-        let codes = s.load(if self.bits == 4 { &FOUR } else { &TWO });
+        let codes = s.load(if self.bits == 4 { &CODES } else { &TWO });
         let scaled = self.dtype.round(s, s.mul(codes, s.splat(self.scales.at(index))));
         self.dtype.round(s, s.sub(scaled, s.splat(self.shifts.at(index))))
     }

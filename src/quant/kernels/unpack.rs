@@ -34,6 +34,17 @@ pub(crate) fn unpack<F: Format, T: Float>(format: &F, tile: &Tile, out: &mut [T]
     })
 }
 
+/// Writes the values of the rows (of `inn` elements) that `index` lists into
+/// `out`; the weight has all of them.
+pub(crate) fn unpack_index<F: Format, T: Float>(format: &F, inn: usize, index: &[i64], out: &mut [T]) -> Result<()> {
+    let rows = (PART / inn.max(1)).max(1);
+    compute::for_each_chunk(out, rows * inn, |i, out| {
+        for (row, out) in index[i * rows..].iter().zip(out.chunks_mut(inn)) {
+            dispatch(Unpack { format, start: *row as usize * inn, stride: 0, width: inn, out });
+        }
+    })
+}
+
 /// Runs of `width` elements, `stride` apart, from `start` on.
 struct Unpack<'a, F, T> {
     format: &'a F,
