@@ -5,7 +5,7 @@
 //! table is worth it: rounding to the weight's dtype happens once for each of
 //! its 16 entries instead of for every element.
 
-use super::{Dtype, Floats};
+use super::{Dtype, Float, Floats};
 use crate::ffi::simd::{LANES, Portable, Simd};
 use std::marker::PhantomData;
 
@@ -24,6 +24,15 @@ pub(crate) trait Format: Sync {
 
     /// The elements `16 i .. 16 i + 16` of a block, which must be there.
     fn values<S: Simd>(&self, s: S, block: &Self::Block<S>, i: usize) -> S::V;
+
+    /// Writes the elements of a block from `32 first` on, which must be there, rounded to `T`.
+    #[inline(always)]
+    fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
+        let block = self.block(s, index);
+        for (i, out) in (2 * first..).step_by(2).zip(out) {
+            T::store_pair(s, [self.values(s, &block, i), self.values(s, &block, i + 1)], out);
+        }
+    }
 
     /// The element at `at` of a block, for what is left over.
     fn value(&self, index: usize, at: usize) -> f32;
@@ -44,6 +53,22 @@ pub(crate) trait Format: Sync {
     fn factor(&self, _row: usize) -> f32 {
         1.0
     }
+}
+
+/// A table of f32 as one of words of `T`, if that has 16 bits: 32 elements are
+/// looked up at a time, and none is rounded on its own.
+#[inline(always)]
+pub(super) fn as_words<S: Simd, T: Float>(s: S, table: S::V) -> Option<S::Words> {
+    let mut rounded = [T::from_f32(0.0); LANES];
+    T::store(s, table, &mut rounded);
+    let words: &[u16] = T::words(&mut rounded)?;
+    Some(s.words(words.first_chunk()?))
+}
+
+/// The words of elements to write to.
+#[inline(always)]
+pub(super) fn words_of<T: Float>(out: &mut [T; 2 * LANES]) -> Option<&mut [u16; 2 * LANES]> {
+    T::words(out)?.first_chunk_mut()
 }
 
 /// The scales of [`Codes`], one for each block.
@@ -107,6 +132,17 @@ pub(crate) struct Nibbles<'a, V> {
     pub(super) bytes: &'a [u8],
 }
 
+impl<'a, Sc: Scales> Codes<'a, Sc> {
+    /// A block with what its codes mean rounded to a dtype.
+    #[inline(always)]
+    fn nibbles<S: Simd>(&self, s: S, index: usize, dtype: Dtype) -> Nibbles<'a, S::V> {
+        let table = dtype.round(s, s.mul(s.load(self.code), s.splat(self.scales.at(index))));
+        let start = index * (self.block / 2);
+        let end = (start + self.block / 2).min(self.bytes.len());
+        Nibbles { table, bytes: &self.bytes[start..end] }
+    }
+}
+
 impl<'a, Sc: Scales> Format for Codes<'a, Sc> {
     type Block<S: Simd> = Nibbles<'a, S::V>;
 
@@ -117,16 +153,31 @@ impl<'a, Sc: Scales> Format for Codes<'a, Sc> {
 
     #[inline(always)]
     fn block<S: Simd>(&self, s: S, index: usize) -> Nibbles<'a, S::V> {
-        let scale = s.splat(self.scales.at(index));
-        let table = self.dtype.round(s, s.mul(s.load(self.code), scale));
-        let start = index * (self.block / 2);
-        let end = (start + self.block / 2).min(self.bytes.len());
-        Nibbles { table, bytes: &self.bytes[start..end] }
+        self.nibbles(s, index, self.dtype)
     }
 
     #[inline(always)]
     fn values<S: Simd>(&self, s: S, block: &Nibbles<'a, S::V>, i: usize) -> S::V {
         s.look_up_nibbles(block.table, &block.bytes.as_chunks().0[i])
+    }
+
+    #[inline(always)]
+    fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
+        let block = self.nibbles(s, index, self.dtype.before::<T>());
+        let bytes = &block.bytes.as_chunks().0[first..];
+        if let Some(words) = as_words::<S, T>(s, block.table) {
+            for (bytes, out) in bytes.iter().zip(out) {
+                if let Some(out) = words_of(out) {
+                    s.look_up_nibbles_as_words(words, bytes, out);
+                }
+            }
+            return;
+        }
+        for (bytes, out) in bytes.iter().zip(out) {
+            for (bytes, out) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
+                T::store(s, s.look_up_nibbles(block.table, bytes), out);
+            }
+        }
     }
 
     const INTERLEAVED: bool = true;
@@ -224,6 +275,17 @@ impl<'a, B: Byte> Format for Bytes<'a, B> {
     #[inline(always)]
     fn values<S: Simd>(&self, s: S, block: &Scaled<'a, S::V>, i: usize) -> S::V {
         self.dtype.round(s, s.mul(B::widen(s, &block.bytes[i]), block.scale))
+    }
+
+    #[inline(always)]
+    fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
+        let block = self.block(s, index);
+        let dtype = self.dtype.before::<T>();
+        for (bytes, out) in block.bytes.as_chunks().0[first..].iter().zip(out) {
+            let [a, b]: &[_; 2] = bytes;
+            let values = [s.mul(B::widen(s, a), block.scale), s.mul(B::widen(s, b), block.scale)];
+            T::store_pair(s, [dtype.round(s, values[0]), dtype.round(s, values[1])], out);
+        }
     }
 
     // In f32 nothing is rounded: the scale can wait for the sum.
@@ -359,6 +421,25 @@ impl<'a> Format for Groups<'a> {
     #[inline(always)]
     fn values<S: Simd>(&self, s: S, block: &Fields<'a, S::V>, i: usize) -> S::V {
         s.look_up_field(block.table, &block.bytes[i], block.shift)
+    }
+
+    #[inline(always)]
+    fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
+        let block = self.block(s, index);
+        let bytes = &block.bytes.as_flattened().as_chunks().0[first..];
+        if let Some(words) = as_words::<S, T>(s, block.table) {
+            for (bytes, out) in bytes.iter().zip(out) {
+                if let Some(out) = words_of(out) {
+                    s.look_up_field_as_words(words, bytes, block.shift, out);
+                }
+            }
+            return;
+        }
+        for (bytes, out) in bytes.iter().zip(out) {
+            for (bytes, out) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
+                T::store(s, s.look_up_field(block.table, bytes, block.shift), out);
+            }
+        }
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {

@@ -82,7 +82,8 @@ impl<'a> Format for Powers<'a> {
     #[inline(always)]
     fn pair<S: Simd>(&self, s: S, block: &PowersRow<'a, S::V>, i: usize) -> [S::V; 2] {
         let (bytes, scale) = (&block.bytes.as_chunks().0[i], s.splat(power(block.scales[i])));
-        [0, 4].map(|shift| self.dtype.round(s, s.mul(s.look_up_field(block.table, bytes, shift), scale)))
+        let (even, odd) = (s.look_up_field(block.table, bytes, 0), s.look_up_field(block.table, bytes, 4));
+        [self.dtype.round(s, s.mul(even, scale)), self.dtype.round(s, s.mul(odd, scale))]
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {
@@ -135,7 +136,7 @@ impl<'a> Format for Zeros<'a> {
     #[inline(always)]
     fn pair<S: Simd>(&self, s: S, block: &Nibbles<'a, S::V>, i: usize) -> [S::V; 2] {
         let bytes = &block.bytes.as_chunks().0[i];
-        [0, 4].map(|shift| s.look_up_field(block.table, bytes, shift))
+        [s.look_up_field(block.table, bytes, 0), s.look_up_field(block.table, bytes, 4)]
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {
