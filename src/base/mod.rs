@@ -285,6 +285,20 @@ impl<M> Base<M> {
         self.weights.iter().map(|w| w.name.clone()).collect()
     }
 
+    /// The paths of the modules whose weights can be adapted or quantised: what
+    /// `target_modules` and [`QuantConfigBuilder::skip`](crate::QuantConfigBuilder::skip)
+    /// are matched against.
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let net = nn::linear(vs.root() / "up", 4, 8, Default::default());
+    /// assert_eq!(tch_peft::Base::new(vs, net).layer_names(), ["up"]);
+    /// ```
+    pub fn layer_names(&self) -> Vec<String> {
+        self.weights.layers().map(|(path, _)| path.to_string()).collect()
+    }
+
     pub(crate) fn weights(&self) -> &Weights {
         &self.weights
     }
