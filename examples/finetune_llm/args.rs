@@ -1,11 +1,12 @@
 //! The command line.
 
 use super::Result;
+use super::llama::options::{device, dtype, scheme};
 use lexopt::prelude::*;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use tch::{Device, Kind};
-use tch_peft::{Fp8Format, QuantConfig, QuantConfigBuilder};
+use tch_peft::QuantConfigBuilder;
 
 pub const HELP: &str = "\
 Fine-tunes a model with LoRA on its quantised weights. Ctrl-C saves and ends;
@@ -118,33 +119,4 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
 
 fn list(names: &str) -> Vec<String> {
     names.split(',').map(String::from).collect()
-}
-
-fn scheme(name: &str) -> Result<Option<QuantConfigBuilder>> {
-    Ok(Some(match name {
-        "nf4" => QuantConfig::nf4().double_quant(true),
-        "fp4" => QuantConfig::fp4().double_quant(true),
-        "int8" => QuantConfig::int8(),
-        "int4" => QuantConfig::int4(),
-        "int2" => QuantConfig::int2(),
-        "fp8" => QuantConfig::fp8(Fp8Format::E4m3),
-        "none" => return Ok(None),
-        other => return Err(format!("--scheme {other}: expected nf4, fp4, int8, int4, int2, fp8 or none").into()),
-    }))
-}
-
-fn dtype(name: &str) -> Result<Kind, &'static str> {
-    match name {
-        "f32" => Ok(Kind::Float),
-        "bf16" => Ok(Kind::BFloat16),
-        _ => Err("expected f32 or bf16"),
-    }
-}
-
-fn device(name: &str) -> Result<Device, &'static str> {
-    match name {
-        "cpu" => Ok(Device::Cpu),
-        "cuda" => Ok(Device::Cuda(0)),
-        _ => Err("expected cpu or cuda"),
-    }
 }
