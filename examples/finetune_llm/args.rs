@@ -2,6 +2,7 @@
 
 use super::Result;
 use super::training::args::{Options, given};
+use super::training::options::dtype;
 use lexopt::prelude::*;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -73,13 +74,5 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
     match args.length {
         0 => Err("--length: expected a number above 0".into()),
         _ => Ok(Some(args)),
-    }
-}
-
-fn dtype(name: &str) -> Result<Kind, &'static str> {
-    match name {
-        "f32" => Ok(Kind::Float),
-        "bf16" => Ok(Kind::BFloat16),
-        _ => Err("expected f32 or bf16"),
     }
 }

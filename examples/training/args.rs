@@ -1,10 +1,11 @@
 //! The options that every run has.
 
 use super::Result;
+use super::options::{device, scheme};
 use lexopt::{Parser, ValueExt};
 use std::path::{Path, PathBuf};
 use tch::Device;
-use tch_peft::{Fp8Format, LoraConfig, LoraConfigBuilder, QuantConfig, QuantConfigBuilder, Schedule};
+use tch_peft::{LoraConfig, LoraConfigBuilder, QuantConfigBuilder, Schedule};
 
 /// Of the options here; defaults that differ are told by each program.
 pub const HELP: &str = "
@@ -115,26 +116,4 @@ pub fn given(option: &str, path: &Path) -> Result<()> {
 
 fn list(names: &str) -> Vec<String> {
     names.split(',').map(String::from).collect()
-}
-
-fn scheme(name: &str) -> Result<Option<QuantConfigBuilder>> {
-    Ok(Some(match name {
-        "nf4" => QuantConfig::nf4().double_quant(true),
-        "fp4" => QuantConfig::fp4().double_quant(true),
-        "int8" => QuantConfig::int8(),
-        "int4" => QuantConfig::int4(),
-        "int2" => QuantConfig::int2(),
-        "fp8" => QuantConfig::fp8(Fp8Format::E4m3),
-        "none" => return Ok(None),
-        other => return Err(format!("--scheme {other}: expected nf4, fp4, int8, int4, int2, fp8 or none").into()),
-    }))
-}
-
-/// A device by its name.
-pub fn device(name: &str) -> Result<Device, &'static str> {
-    match name {
-        "cpu" => Ok(Device::Cpu),
-        "cuda" => Ok(Device::Cuda(0)),
-        _ => Err("expected cpu or cuda"),
-    }
 }

@@ -6,6 +6,7 @@ pub mod args;
 pub mod events;
 pub mod log;
 pub mod metrics;
+pub mod options;
 mod plot;
 pub mod show;
 
