@@ -1,13 +1,16 @@
 //! An adapted linear layer against its peers in Python: forward, and forward
 //! plus backward.
 //!
-//! `cargo xtask bench` (all sizes), `cargo xtask bench --bench linear -- --quick` (one size).
+//! `cargo xtask bench` (all sizes), `cargo xtask bench --bench linear -- --quick` (one size). With
+//! `--csv docs/data/linear.csv` it writes what `cargo run --example charts` draws.
 //!
 //! Peers run in a process of their own; each round times every contestant
 //! once, one after the other, and a figure is the median of the rounds. Results
 //! go to stdout as a table and to `target/bench/linear.json`.
 
 #![allow(missing_docs)]
+
+mod common;
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -195,5 +198,17 @@ fn main() -> Result<(), Failure> {
     let report = json!({"threads": tch::get_num_threads(), "rounds": count, "results": results});
     std::fs::write(&file, serde_json::to_string_pretty(&report)?)?;
     println!("\n{}", file.display());
+    if let Some(file) = common::csv_file() {
+        let lines: Vec<String> = report["results"].as_array().into_iter().flatten().map(csv_line).collect();
+        let what = format!("cargo bench --bench linear: LoRA of rank {RANK}, medians of {count} interleaved rounds");
+        common::write_csv(&file, &what, "out,in,rows,dtype,what,layer,milliseconds", &lines)?;
+    }
     Ok(())
+}
+
+fn csv_line(result: &Value) -> String {
+    let text = |key: &str| result[key].as_str().map_or_else(|| result[key].to_string(), String::from);
+    let milliseconds = result["milliseconds"].as_f64().unwrap_or(f64::NAN);
+    let case = ["out", "in", "rows", "dtype", "what", "layer"].map(text).join(",");
+    format!("{case},{milliseconds:.3}")
 }
