@@ -52,6 +52,26 @@ pub trait Checkpointable {
 /// The four that every run has are given to [`Parts::new`], whatever else
 /// changes from step to step (an EMA, a loss scaler, a second sampler, …) is
 /// added with [`Parts::with`].
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+/// let mut ema = Ema::builder().decay(0.99).build(model.trainable_parameters())?;
+/// let mut noise = Generator::new(3);
+/// let mut run = Run::builder(dir.path()).build()?;
+/// let mut parts = Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler)
+///     .with("ema", &mut ema)
+///     .with("noise", &mut noise);
+/// run.resume_or_start(&mut parts)?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub struct Parts<'a> {
     /// The adapted model.
     pub model: &'a mut dyn Checkpointable,

@@ -10,6 +10,19 @@ use std::f64::consts::PI;
 /// functions (the cosine with half a cycle), and of
 /// `torch.optim.lr_scheduler.OneCycleLR`. As there, a total below the warm-up
 /// is not an error, and the cosine rises again after `total` steps.
+///
+/// ```
+/// use tch_peft::Schedule;
+///
+/// let schedule = Schedule::cosine(100, 1000); // 100 steps up, 900 down
+/// assert_eq!((schedule.factor(50), schedule.factor(100), schedule.factor(1000)), (0.5, 1.0, 0.0));
+///
+/// // Any other numbers, field by field; `check` finds what is out of range.
+/// let schedule = Schedule::Polynomial { warmup: 0, total: 10, end: 0.5, power: 1.0 };
+/// schedule.check()?;
+/// assert_eq!(schedule.factor(5), 0.75);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
