@@ -182,6 +182,18 @@ impl<M> Base<M> {
     /// for `int8`, `int4`, `int2` and `fp8`. A folder with the model's
     /// `config.json` in it loads in `transformers`.
     ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// # use tch_peft::{Base, QuantConfig};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+    /// let base = Base::new(vs, net).quantize(&QuantConfig::nf4().build()?)?;
+    /// base.save_quantized(dir.path())?;
+    /// assert!(dir.path().join("model.safetensors").exists());
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Io`](crate::Error::Io); [`Error::Config`](crate::Error::Config)
     /// for a folder that holds another model, or a dtype that safetensors
@@ -276,6 +288,17 @@ impl<M> Base<M> {
     }
 
     /// [`Base::load_and_quantize`] on a device of one's choice, and with progress.
+    ///
+    /// ```no_run
+    /// # use tch::{Device, nn};
+    /// use tch_peft::{Base, QuantConfig, QuantizeOptions};
+    ///
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+    /// let options = QuantizeOptions::new().progress(|p| eprintln!("{}/{}", p.done, p.total));
+    /// let base = Base::new(vs, net).load_and_quantize_with("model", &QuantConfig::nf4().build()?, options)?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// As [`Base::load_and_quantize`].

@@ -133,6 +133,16 @@ impl RunBuilder {
     /// `optimizer.safetensors` is missing; by default it doesn't count as
     /// whole. The optimizer is left as it was given, all else is brought back.
     /// Each following checkpoint's `training_state.json` says so.
+    ///
+    /// ```no_run
+    /// # use tch_peft::{Parts, Run};
+    /// # fn run(parts: &mut Parts<'_>) -> tch_peft::Result<()> {
+    /// // The checkpoint came without `optimizer.safetensors`, to save the way.
+    /// let mut run = Run::builder("runs/a").allow_missing_optimizer(true).build()?;
+    /// run.resume_or_start(parts)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn allow_missing_optimizer(mut self, on: bool) -> Self {
         self.allowed.missing_optimizer = on;
         self

@@ -280,6 +280,19 @@ impl Run {
     /// Waits until nothing is being written in the background, and answers
     /// the checkpoint that this has saved.
     ///
+    /// ```no_run
+    /// # use tch_peft::{Parts, Run};
+    /// # fn run(parts: &mut Parts<'_>) -> tch_peft::Result<()> {
+    /// let mut run = Run::builder("runs/a").every(100).background(true).build()?;
+    /// run.resume_or_start(parts)?;
+    /// // … training …
+    /// if let Some(path) = run.flush()? {
+    ///     println!("on disk: {}", path.display());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::NotSaved`] if it could not be written.
     pub fn flush(&mut self) -> Result<Option<PathBuf>> {

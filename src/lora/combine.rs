@@ -38,6 +38,12 @@ pub enum Combination {
 }
 
 /// How tensors tᵢ with weights wᵢ are summed.
+///
+/// ```
+/// use tch_peft::{Combination, Merge};
+///
+/// let dare = Combination::Svd { merge: Merge::DareLinear { density: 0.5 }, rank: None, clamp: None };
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Merge {
     /// Σ wᵢtᵢ.

@@ -20,7 +20,7 @@ mod convert;
 #[path = "../../examples/demo/args.rs"]
 mod demo;
 #[allow(dead_code)]
-#[path = "../../examples/finetune_llm/args.rs"]
+#[path = "../../examples/finetune_llm/main.rs"]
 mod finetune_llm;
 
 // What the examples' modules take from their own roots.
@@ -166,7 +166,7 @@ fn run(words: &[&str]) -> Check {
     let failed = |error: Box<dyn std::error::Error>| error.to_string();
     match name {
         "demo" => demo::parse(args).map(drop).map_err(failed),
-        "finetune_llm" => finetune_llm::parse(args).map(drop).map_err(failed),
+        "finetune_llm" => parsed(finetune_llm::run(with_help(args))),
         "convert" => convert::parse(args).map(drop).map_err(failed),
         "charts" => super::tables::charts::parse(args).map(drop).map_err(failed),
         "inspect_checkpoint" => match theirs {
@@ -174,8 +174,18 @@ fn run(words: &[&str]) -> Check {
             _ => Err("expected one folder".into()),
         },
         // Its help names the option.
-        _ => options(theirs, |option| source.contains(&format!("  {option}"))),
+        _ => options(theirs, |option| source.contains(&format!("  {option} "))),
     }
+}
+
+/// A program that answers `--help` once it has understood all that stands before it.
+fn with_help(mut args: Vec<OsString>) -> Vec<OsString> {
+    args.push("--help".into());
+    args
+}
+
+fn parsed(code: u8) -> Check {
+    if code == 0 { Ok(()) } else { Err("its arguments are not understood".into()) }
 }
 
 /// A script of this repository, with options that its parser has.

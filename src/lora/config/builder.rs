@@ -195,6 +195,19 @@ impl LoraConfigBuilder {
 
     /// Pools inputs over groups of features (QALoRA, arXiv:2309.14717), on
     /// linear layers that are quantised in groups.
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// use tch_peft::{Base, LoraConfig, LoraModel, QuantConfig};
+    ///
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 128, 64, Default::default());
+    /// let base = Base::new(vs, net).quantize(&QuantConfig::int4().group_size(32).build()?)?;
+    /// let config = LoraConfig::builder().r(4).target_modules(["proj"]).use_qalora(true).qalora_group_size(32).build()?;
+    /// let model = LoraModel::wrap(base, config)?;
+    /// assert_eq!(model.parameters()[0].tensor.size(), [4, 128 / 32]); // A sees a value for each group
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn use_qalora(self, on: bool) -> Self {
         self.part("use_qalora", json!(on))
     }
@@ -245,6 +258,19 @@ impl LoraConfigBuilder {
 
     /// Keeps what is trained of a tied weight tied: the adapter (or copy) of an
     /// embedding takes part in the output layer that shares its table too.
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// use tch_peft::{Base, LoraConfig, LoraModel};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let table = vs.root().sub("embed_tokens").randn("weight", &[10, 4], 0.0, 1.0);
+    /// let head = vs.root().sub("lm_head").add("weight", table, true); // the same tensor
+    /// let config = LoraConfig::builder().r(2).target_modules(["embed_tokens", "lm_head"]).ensure_weight_tying(true);
+    /// let model = LoraModel::wrap(Base::from(vs), config.build()?)?;
+    /// assert_eq!(model.parameters().len(), 2); // one A and one B for both
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn ensure_weight_tying(self, on: bool) -> Self {
         self.with(|c| c.ensure_weight_tying = on)
     }

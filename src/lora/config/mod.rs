@@ -143,6 +143,15 @@ impl Default for LoraConfig {
 }
 
 /// Rank and scale of one layer.
+///
+/// ```
+/// use tch_peft::LoraConfig;
+///
+/// let config = LoraConfig::builder().r(8).lora_alpha(16.0).target_modules(["q", "v"]).alpha_pattern([("v", 4.0)]).build()?;
+/// let [q, v] = &config.layer_settings(["h.0.q", "h.0.v"])[..] else { panic!("two") };
+/// assert_eq!((q.scaling, v.scaling), (2.0, 0.5));
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerSettings {
     /// Rank: that of `rank_pattern`, else `r`.

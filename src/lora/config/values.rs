@@ -143,6 +143,13 @@ impl InitLoraWeights {
 }
 
 /// Which biases of the base are trained and saved with the adapter.
+///
+/// ```
+/// use tch_peft::{Bias, LoraConfig};
+///
+/// let config = LoraConfig::builder().target_modules(["q_proj"]).bias(Bias::LoraOnly).build()?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Bias {
