@@ -5,7 +5,7 @@
 
 use super::common::root;
 use super::none_wrong;
-use super::texts::Text;
+use super::texts::{Text, source_below};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -33,6 +33,7 @@ fn every_command_is_one_that_works() {
     let (mut wrong, mut count) = (Vec::new(), 0);
     for block in Text::blocks("console").into_iter().chain(Text::blocks("sh")) {
         let text = block.text.replace("\\\n", " ");
+        let mut folder = root().to_path_buf();
         for line in text.lines() {
             let command = match (&*block.language, line.strip_prefix("$ ")) {
                 ("console", command) => command,
@@ -40,7 +41,7 @@ fn every_command_is_one_that_works() {
             };
             let Some(words) = command.map(words).filter(|words| !words.is_empty()) else { continue };
             count += 1;
-            if let Err(why) = check(&words) {
+            if let Err(why) = check(&words, &mut folder) {
                 wrong.push(format!("{}: {}: {why}", block.place(), words.join(" ")));
             }
         }
@@ -68,19 +69,26 @@ fn words(command: &str) -> Vec<String> {
     words
 }
 
-fn check(words: &[String]) -> Check {
+/// Checks one command, given in this folder.
+fn check(words: &[String], folder: &mut PathBuf) -> Check {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match &words[..] {
+        ["cd", to] => {
+            folder.push(to);
+            folder.is_dir().then_some(()).ok_or_else(|| format!("no {}", folder.display()))
+        }
         ["export", assignment] => variable(assignment),
+        // What is asked of a server is that server's to test.
+        ["curl", rest @ ..] if rest.iter().any(|word| word.contains("localhost:")) => Ok(()),
         ["cargo", "xtask", rest @ ..] => xtask::parse(&os(rest)).map(drop),
-        ["cargo", "run", rest @ ..] => run(rest),
+        ["cargo", "run", rest @ ..] => run(rest, folder),
         ["cargo", "test", rest @ ..] => targets(rest, "--test", "tests"),
         ["cargo", "bench", rest @ ..] => targets(rest, "--bench", "benches"),
         ["cargo", "clean"] | ["cargo", "build"] => Ok(()),
         ["python" | "target/python/bin/python", script, rest @ ..] => python(script, rest),
         [assignment, rest @ ..] if assignment.contains('=') => {
             variable(assignment)?;
-            check(&rest.iter().map(|word| word.to_string()).collect::<Vec<_>>())
+            check(&rest.iter().map(|word| word.to_string()).collect::<Vec<_>>(), folder)
         }
         _ => Err("no such command is known here; see tests/docs/commands.rs".into()),
     }
@@ -125,16 +133,7 @@ fn target(folder: &str, name: &str) -> Result<String, String> {
     if !folder.join(name).join("main.rs").exists() {
         return Err(format!("no {name} in {}", folder.display()));
     }
-    let mut source = String::new();
-    for file in sources(&folder.join(name)) {
-        source += &std::fs::read_to_string(file).map_err(|e| e.to_string())?;
-    }
-    Ok(source)
-}
-
-fn sources(folder: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    entries.filter(|path| path.extension().is_some_and(|end| end == "rs")).collect()
+    source_below(&folder.join(name))
 }
 
 fn options(words: &[&str], known: impl Fn(&str) -> bool) -> Check {
@@ -143,25 +142,23 @@ fn options(words: &[&str], known: impl Fn(&str) -> bool) -> Check {
 }
 
 /// An example, or a program with a manifest of its own.
-fn run(words: &[&str]) -> Check {
+fn run(words: &[&str], folder: &Path) -> Check {
     let at = words.iter().position(|word| *word == "--").unwrap_or(words.len());
     let (ours, theirs) = (&words[..at], words.get(at + 1..).unwrap_or_default());
     let value = |flag: &str| ours.iter().position(|word| *word == flag).and_then(|at| ours.get(at + 1)).copied();
     let known = |option: &str| ["--release", "--example", "--manifest-path"].contains(&option);
     options(ours, known)?;
-    if let Some(manifest) = value("--manifest-path") {
-        let manifest = root().join(manifest);
+    let manifest = value("--manifest-path").map(|path| root().join(path));
+    let manifest = manifest.or((folder != root()).then(|| folder.join("Cargo.toml")));
+    if let Some(manifest) = manifest {
         if !manifest.exists() {
             return Err(format!("no {}", manifest.display()));
         }
-        let mut source = String::new();
-        for file in sources(&manifest.with_file_name("src")) {
-            source += &std::fs::read_to_string(file).map_err(|e| e.to_string())?;
-        }
+        let source = source_below(&manifest.with_file_name("src"))?;
         return options(theirs, |option| source.contains(option));
     }
     let name = value("--example").ok_or("which example?")?;
-    let source = target("examples", name)?;
+    target("examples", name)?;
     let args = os(theirs);
     let failed = |error: Box<dyn std::error::Error>| error.to_string();
     match name {
@@ -173,8 +170,11 @@ fn run(words: &[&str]) -> Check {
             [folder] if !folder.starts_with('-') => Ok(()),
             _ => Err("expected one folder".into()),
         },
-        // Its help names the option.
-        _ => options(theirs, |option| source.contains(&format!("  {option} "))),
+        // A help names the option.
+        _ => {
+            let source = source_below(&root().join("examples"))?;
+            options(theirs, |option| source.contains(&format!("  {option} ")))
+        }
     }
 }
 

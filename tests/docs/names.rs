@@ -2,31 +2,13 @@
 
 use super::common::root;
 use super::none_wrong;
-use super::texts::Text;
+use super::texts::{Text, source_below};
 use regex::Regex;
-use std::path::Path;
-
-/// All Rust code below a folder.
-fn code(folder: &str) -> String {
-    fn add(path: &Path, text: &mut String) {
-        for entry in std::fs::read_dir(path).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                add(&path, text);
-            } else if path.extension().is_some_and(|end| end == "rs") {
-                *text += &std::fs::read_to_string(&path).unwrap();
-            }
-        }
-    }
-    let mut text = String::new();
-    add(&root().join(folder), &mut text);
-    text
-}
 
 /// `LoraModel::wrap` and its like: if the crate has the type, it has the method, variant or constant.
 #[test]
 fn every_member_that_a_text_names_is_there() {
-    let code = code("src");
+    let code = source_below(&root().join("src")).unwrap();
     let types = Regex::new(r"pub (?:struct|enum|trait|type) (\w+)").unwrap();
     let types: Vec<&str> = types.captures_iter(&code).map(|found| found.get(1).unwrap().as_str()).collect();
     let span = Regex::new(r"`([^`]+)`").unwrap();
@@ -57,7 +39,7 @@ fn every_member_that_a_text_names_is_there() {
 /// `resume::name_of_a_test`, where a text proves itself by one.
 #[test]
 fn every_test_that_a_text_names_is_there() {
-    let code = code("tests");
+    let code = source_below(&root().join("tests")).unwrap();
     let span = Regex::new(r"`([a-z]\w*)::([a-z]\w*)`").unwrap();
     let (mut wrong, mut count) = (Vec::new(), 0);
     for text in Text::all() {

@@ -1,6 +1,7 @@
 //! README.md and docs/*.md, taken apart.
 
 use super::common::root;
+use std::path::Path;
 
 /// A text.
 pub struct Text {
@@ -72,4 +73,18 @@ impl Text {
     pub fn prose(&self) -> String {
         self.prose.iter().map(|(_, line)| line.as_str()).collect::<Vec<_>>().join("\n")
     }
+}
+
+/// All Rust code in a folder and those in it.
+pub fn source_below(folder: &Path) -> Result<String, String> {
+    let mut source = String::new();
+    for entry in std::fs::read_dir(folder).map_err(|e| e.to_string())? {
+        let path = entry.map_err(|e| e.to_string())?.path();
+        if path.is_dir() && !path.ends_with("target") {
+            source += &source_below(&path)?;
+        } else if path.extension().is_some_and(|end| end == "rs") {
+            source += &std::fs::read_to_string(&path).map_err(|e| e.to_string())?;
+        }
+    }
+    Ok(source)
 }
