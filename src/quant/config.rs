@@ -32,6 +32,14 @@ impl From<Scheme> for Treatment {
 }
 
 /// One rule of a [`QuantConfig`].
+///
+/// ```
+/// use tch_peft::{QuantConfig, QuantRule, Scheme};
+///
+/// let config = QuantConfig::nf4().rule("mlp.down_proj", Scheme::Int8).build()?;
+/// assert_eq!(config.rules(), [QuantRule { pattern: "mlp.down_proj".into(), to: Scheme::Int8.into() }]);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QuantRule {

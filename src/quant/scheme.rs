@@ -100,6 +100,13 @@ pub enum Scheme {
 }
 
 /// An 8-bit float format.
+///
+/// ```
+/// use tch_peft::{Fp8Format, QuantConfig};
+///
+/// assert_eq!(QuantConfig::fp8(Fp8Format::E5m2).build()?.scheme().to_string(), "fp8-e5m2");
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Fp8Format {

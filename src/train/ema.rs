@@ -59,6 +59,19 @@ struct Position {
 }
 
 /// Settings of an [`Ema`], with diffusers' defaults.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// let mut ema = Ema::builder().decay(0.999).warmup(1.0, 0.75).build(model.trainable_parameters())?;
+/// ema.update()?;
+/// assert!(ema.decay() < 0.999); // it grows with the updates
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct EmaBuilder(Settings);
 

@@ -123,6 +123,21 @@ pub trait Optimizer {
 }
 
 /// The state of an [`Optimizer`], keyed by parameter name.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// let state = optimizer.export_state()?; // what a run saves and brings back by itself
+/// assert_eq!(state.kind, "adamw");
+/// assert!(state.tensors.contains_key("base_model.model.proj.lora_A.weight.exp_avg"));
+/// optimizer.import_state(state)?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct OptimizerState {
     /// Which optimizer: `adamw`, `adamw_8bit`, `sgd`, `lion`, `adafactor`.

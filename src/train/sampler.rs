@@ -41,6 +41,15 @@ pub struct Sampler {
 }
 
 /// The settings and the position of a [`Sampler`].
+///
+/// ```
+/// use tch_peft::Sampler;
+///
+/// let mut sampler = Sampler::new(100, 10, 42)?;
+/// sampler.next_batch();
+/// assert_eq!((sampler.state().epoch, sampler.state().index), (0, 10));
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SamplerState {

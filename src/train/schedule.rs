@@ -151,6 +151,16 @@ impl Schedule {
     /// defaults: half a cosine from 1/25 up to 1 in 0.3 of the steps, and half
     /// a cosine down to 1/250,000. The optimizer's learning rate is torch's
     /// `max_lr`; momentum isn't cycled.
+    ///
+    /// ```
+    /// use tch_peft::{Anneal, Schedule};
+    ///
+    /// let schedule = Schedule::one_cycle(1000);
+    /// assert!(schedule.factor(0) < 0.05 && schedule.factor(299) == 1.0 && schedule.factor(999) < 1e-5);
+    /// // Other shapes: the same enum, field by field.
+    /// let Schedule::OneCycle { anneal, .. } = schedule else { panic!("another schedule") };
+    /// assert_eq!(anneal, Anneal::Cos);
+    /// ```
     pub fn one_cycle(total: u64) -> Self {
         Schedule::OneCycle {
             total,

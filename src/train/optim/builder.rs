@@ -8,6 +8,18 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 /// Settings of a [`GroupedOptimizer`].
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// let optimizer = Sgd::builder().lr(0.1).momentum(0.9).weight_decay(1e-4).build(model.trainable_parameters())?;
+/// assert_eq!(optimizer.learning_rate(), 0.1);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub struct OptimizerBuilder<R> {
     pub(super) rule: R,
     default: ParameterGroup,
