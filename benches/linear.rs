@@ -1,7 +1,8 @@
 //! An adapted linear layer against its peers in Python: forward, and forward
 //! plus backward.
 //!
-//! `cargo xtask bench` (all sizes), `cargo xtask bench --bench linear -- --quick` (one size).
+//! `cargo xtask bench` (all sizes), `cargo xtask bench --bench linear -- --quick` (one size). With
+//! `--csv docs/data/linear.csv` it writes what `cargo run --example charts` draws.
 //!
 //! Peers run in a process of their own; each round times every contestant
 //! once, one after the other, and a figure is the median of the rounds. Results
@@ -9,13 +10,14 @@
 
 #![allow(missing_docs)]
 
+mod common;
 mod peer;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use peer::{Failure, Peer};
-use serde_json::json;
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor, nn};
 use tch_peft::{Base, Fp8Format, LoraConfig, LoraModel, QuantConfig};
 
@@ -163,5 +165,17 @@ fn main() -> Result<(), Failure> {
     let report = json!({"threads": tch::get_num_threads(), "rounds": count, "results": results});
     std::fs::write(&file, serde_json::to_string_pretty(&report)?)?;
     println!("\n{}", file.display());
+    if let Some(file) = common::csv_file() {
+        let lines: Vec<String> = report["results"].as_array().into_iter().flatten().map(csv_line).collect();
+        let what = format!("cargo bench --bench linear: LoRA of rank {RANK}, medians of {count} interleaved rounds");
+        common::write_csv(&file, &what, "out,in,rows,dtype,what,layer,milliseconds", &lines)?;
+    }
     Ok(())
+}
+
+fn csv_line(result: &Value) -> String {
+    let text = |key: &str| result[key].as_str().map_or_else(|| result[key].to_string(), String::from);
+    let milliseconds = result["milliseconds"].as_f64().unwrap_or(f64::NAN);
+    let case = ["out", "in", "rows", "dtype", "what", "layer"].map(text).join(",");
+    format!("{case},{milliseconds:.3}")
 }

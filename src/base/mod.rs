@@ -75,6 +75,21 @@ impl<M> Base<M> {
     /// `entry` is a module's path or its last segments; for
     /// [`WeightRole::Experts`] also the name of a parameter, and a module stands
     /// for all of its parameters of three dimensions.
+    ///
+    /// ```
+    /// use tch::{Device, nn};
+    /// use tch_peft::{Base, WeightRole};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let attention = vs.root() / "attn";
+    /// let _in_out = attention.sub("c_attn").zeros("weight", &[8, 24]); // used as x.matmul(&w)
+    /// let _table = vs.root().sub("positions").zeros("weight", &[16, 8]); // rows are looked up
+    /// let _grouped = vs.root().sub("conv").zeros("weight", &[8, 2, 3]); // four groups of channels
+    /// let base = Base::from(vs)
+    ///     .declare("attn.c_attn", WeightRole::Conv1D)
+    ///     .declare("positions", WeightRole::Embedding)
+    ///     .declare("conv", WeightRole::Conv { groups: 4 });
+    /// ```
     #[must_use]
     pub fn declare(mut self, entry: &str, role: WeightRole) -> Self {
         let experts = matches!(role, WeightRole::Experts { .. });
@@ -127,6 +142,18 @@ impl<M> Base<M> {
     /// over the result. Biases and norms stay, and embeddings and convolutions
     /// unless `config` asks for them.
     ///
+    /// ```
+    /// use tch::{Device, nn};
+    /// use tch_peft::{Base, QuantConfig};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let net = nn::linear(vs.root() / "proj", 256, 256, Default::default());
+    /// let base = Base::new(vs, net).quantize(&QuantConfig::int8().build()?)?;
+    /// let report = base.quantization_report();
+    /// assert!(report.bytes_after() < report.bytes_before() * 3 / 10);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::NoTarget`](crate::Error::NoTarget) for a pattern that matches
     /// nothing or a base without weights to quantise,
@@ -138,6 +165,17 @@ impl<M> Base<M> {
     }
 
     /// [`Base::quantize`] on a device of one's choice, and with progress.
+    ///
+    /// ```no_run
+    /// use tch::Device;
+    /// use tch_peft::{Base, QuantConfig, QuantizeOptions};
+    ///
+    /// let options = QuantizeOptions::new()
+    ///     .device(Device::cuda_if_available())
+    ///     .progress(|p| eprintln!("{}/{} {}", p.done, p.total, p.weight.name));
+    /// let base = Base::torchscript("model.pt")?.quantize_with(&QuantConfig::nf4().build()?, options)?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// As [`Base::quantize`].
@@ -175,6 +213,18 @@ impl<M> Base<M> {
     /// for `int8`, `int4`, `int2` and `fp8`. A folder with the model's
     /// `config.json` in it loads in `transformers`.
     ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// # use tch_peft::{Base, QuantConfig};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+    /// let base = Base::new(vs, net).quantize(&QuantConfig::nf4().build()?)?;
+    /// base.save_quantized(dir.path())?;
+    /// assert!(dir.path().join("model.safetensors").exists());
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Io`](crate::Error::Io); [`Error::Config`](crate::Error::Config)
     /// for a folder that holds another model, or a dtype that safetensors
@@ -204,6 +254,23 @@ impl<M> Base<M> {
     /// places, as in [`Base::load_and_quantize`]. A packed weight
     /// keeps the dtype that the file says; bitsandbytes' 8-bit layout has none,
     /// and takes the module's.
+    ///
+    /// ```
+    /// use tch::{Device, nn};
+    /// use tch_peft::{Base, QuantConfig};
+    ///
+    /// let net = || {
+    ///     let vs = nn::VarStore::new(Device::Cpu);
+    ///     let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+    ///     Base::new(vs, net)
+    /// };
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// let base = net().quantize(&QuantConfig::nf4().build()?)?;
+    /// base.save_quantized(dir.path())?;
+    /// let again = net().load_quantized(dir.path())?;
+    /// assert_eq!(again.fingerprint()?, base.fingerprint()?);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Keys`](crate::Error::Keys) unless the files have all of the
@@ -252,6 +319,17 @@ impl<M> Base<M> {
     }
 
     /// [`Base::load_and_quantize`] on a device of one's choice, and with progress.
+    ///
+    /// ```no_run
+    /// # use tch::{Device, nn};
+    /// use tch_peft::{Base, QuantConfig, QuantizeOptions};
+    ///
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+    /// let options = QuantizeOptions::new().progress(|p| eprintln!("{}/{}", p.done, p.total));
+    /// let base = Base::new(vs, net).load_and_quantize_with("model", &QuantConfig::nf4().build()?, options)?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// As [`Base::load_and_quantize`].
@@ -306,6 +384,19 @@ impl<M> Base<M> {
     /// Every weight's name, shape, dtype, scheme and a hash of its bytes as
     /// they are kept in memory. Adapters don't count. Taken at the first call.
     ///
+    /// ```
+    /// use tch::{Device, nn};
+    /// use tch_peft::{Base, QuantConfig};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+    /// let base = Base::new(vs, net);
+    /// let dense = base.fingerprint()?;
+    /// let packed = base.quantize(&QuantConfig::nf4().build()?)?.fingerprint()?;
+    /// assert!(dense.differences(&packed)[0].starts_with("proj.weight: "));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// libtorch's, when reading a tensor fails.
     pub fn fingerprint(&self) -> Result<Fingerprint> {
@@ -322,6 +413,21 @@ impl Base<TorchScript> {
     /// `torch.jit.trace`, loaded on the CPU.
     ///
     /// Names are PyTorch's, with dots: `model.layers.0.self_attn.q_proj.weight`.
+    ///
+    /// ```no_run
+    /// use tch::{Kind, Tensor};
+    /// use tch_peft::{Base, LoraConfig, LoraModel};
+    ///
+    /// // python python/export.py --from path/to/gpt2 --out exported/gpt2
+    /// let base = Base::torchscript("exported/gpt2/model.pt")?;
+    /// let config = LoraConfig::builder().target_modules(["c_attn"]).fan_in_fan_out(true).build()?;
+    /// let model = LoraModel::wrap(base, config)?;
+    /// // One input through `forward`, several through the module itself.
+    /// let ids = Tensor::from_slice(&[50256i64, 11]).unsqueeze(0);
+    /// let mask = Tensor::ones([1, 2], (Kind::Int64, ids.device()));
+    /// let logits = model.module().forward_ts(&[ids, mask])?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::NoParameters`](crate::Error::NoParameters) for a module saved

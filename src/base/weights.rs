@@ -10,6 +10,15 @@ use std::sync::Arc;
 use tch::{Kind, Tensor, nn};
 
 /// What a weight is for, hence what may be done to it.
+///
+/// ```
+/// use tch::{Device, nn};
+/// use tch_peft::{Base, WeightRole};
+///
+/// let vs = nn::VarStore::new(Device::Cpu);
+/// let _weight = vs.root().sub("c_attn").zeros("weight", &[8, 24]);
+/// let base = Base::from(vs).declare("c_attn", WeightRole::Conv1D);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WeightRole {

@@ -197,6 +197,19 @@ fn check_index(index: &[i64], rows: i64) -> Result<()> {
 ///
 /// `name` is used in errors only.
 ///
+/// ```
+/// use tch::{Device, Kind, Tensor};
+/// use tch_peft::Scheme;
+/// use tch_peft::quant::quantize;
+///
+/// let weight = Tensor::randn([64, 256], (Kind::Float, Device::Cpu));
+/// let packed = quantize("weight", &weight, Scheme::NF4)?;
+/// let error = (packed.dequantize(Kind::Float)? - &weight).norm() / weight.norm();
+/// assert!(f64::try_from(error).unwrap() < 0.1);
+/// assert!(packed.nbytes()? < 64 * 256 * 5 / 8 + 1);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
+///
 /// # Errors
 /// [`Error::Mismatch`] for another shape or dtype, [`Error::NotFinite`] for a
 /// weight with NaN or infinite values, or with values so large that they would
