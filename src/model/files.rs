@@ -6,7 +6,8 @@ use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::ffi::bytes::copy_all;
 use crate::format::{
-    self, AdapterFile, AdapterFormat, LoadReport, Outgoing, OutgoingLayer, ReadAdapter, peft, safetensors, write_files,
+    self, AdapterFile, AdapterFormat, BaseLayer, LoadReport, Outgoing, OutgoingLayer, ReadAdapter, peft, safetensors,
+    write_files,
 };
 use crate::lora::{InitLoraWeights, Switches};
 use crate::quant::check_finite;
@@ -184,7 +185,7 @@ impl<M> LoraModel<M> {
             .iter()
             .map(|layer| Ok(OutgoingLayer { path: &layer.path, settings: layer.settings, tensors: tensors(layer)? }));
         let adapter = Outgoing {
-            config: adapter.lora_config("another program's layout")?,
+            config: &adapter.config,
             layers: layers.collect::<Result<_>>()?,
             base: self.base.weights().layers().map(|(path, _)| path).collect(),
         };
@@ -230,7 +231,8 @@ impl NamedAdapter {
 
 /// The adapter in a file or folder, beside the base.
 fn read<M>(name: &str, base: &Base<M>, file: &AdapterFile, switches: &Arc<Switches>) -> Result<NamedAdapter> {
-    let layers: Vec<&str> = base.weights().layers().map(|(path, _)| path).collect();
+    let sized = |(path, weight): (_, &crate::base::Weight)| BaseLayer { path, sizes: Some(weight.tensor.size()) };
+    let layers: Vec<BaseLayer<'_>> = base.weights().layers().map(sized).collect();
     let ReadAdapter { path, format, config, unknown, mut tensors, names } = format::read(file, &layers)?;
     config.check_supported()?;
     let base_copies = take_base_copies(base, &mut tensors)?;
