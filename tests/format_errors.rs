@@ -287,6 +287,34 @@ fn parts_that_make_no_whole_are_told() {
     refused(vec![("b.lokr_w1", &[1, 1]), ("b.lokr_w2_a", &[6, 3]), ("b.lokr_w2_b", &[3, 6])], "rank 3");
 }
 
+/// Numbers of which no adapter can be made: nothing is allocated for them.
+#[test]
+fn absurd_ranks_and_alphas_are_refused() {
+    let _rng = rng();
+    let dir = common::fresh_dir("formats_absurd");
+    let config = LoraConfig::builder().r(2).lora_alpha(4.0).target_modules(["a"]).build().unwrap();
+    let model = LoraModel::wrap(small(&["a"]), config).unwrap();
+    model.save_pretrained(&dir).unwrap();
+    let path = dir.join("adapter_config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let open = |from: &str, to: &str| {
+        assert!(text.contains(from));
+        std::fs::write(&path, text.replace(from, to)).unwrap();
+        LoraModel::init_lora(small(&["a"]), &dir).unwrap_err().to_string()
+    };
+    let error = open("\"r\": 2", "\"r\": 1000000000");
+    assert!(error.contains("at most 6, the largest size in the file"), "{error}");
+    let error = open("\"lora_alpha\": 4", "\"lora_alpha\": 1e39");
+    assert!(error.contains("`lora_alpha` is"), "{error}");
+
+    // A file's own alpha may be of f64.
+    let mut tensors = kohya("a");
+    tensors.push(("lora_unet_a.alpha".into(), Tensor::full([], 1e39, (Kind::Double, Device::Cpu))));
+    common::write(dir.join("x.safetensors"), &tensors);
+    let error = LoraModel::init_lora(small(&["a"]), dir.join("x.safetensors")).unwrap_err().to_string();
+    assert!(error.contains("`lora_alpha` is"), "{error}");
+}
+
 /// Flux' own code has one layer for queries, keys and values: its rows are those of three modules.
 #[test]
 fn rows_of_a_fused_layer_are_told_apart() {

@@ -52,11 +52,13 @@ pub(super) struct NamedAdapter {
 pub(super) struct Init<'a> {
     pub(super) init: InitLoraWeights,
     pub(super) data: Option<&'a HashMap<String, Arc<LayerData>>>,
+    /// The largest rank that the file has tensors for, where they come from one.
+    pub(super) largest_rank: Option<i64>,
 }
 
 impl From<InitLoraWeights> for Init<'_> {
     fn from(init: InitLoraWeights) -> Self {
-        Init { init, data: None }
+        Init { init, data: None, largest_rank: None }
     }
 }
 
@@ -93,6 +95,14 @@ impl NamedAdapter {
         let mut residuals = Vec::new();
         let mut layers: Vec<Layer> = Vec::with_capacity(targets.all.len());
         for target in targets.all {
+            // LoKr's factors grow with the weight only.
+            let LayerSettings { r, .. } = target.settings;
+            if let Some(most) = init.largest_rank.filter(|most| r > *most)
+                && !matches!(config, AdapterConfig::Lokr(_))
+            {
+                let expected = format!("at most {most}, the largest size in the file");
+                return Err(Error::config("r", expected, format!("{r} for {}", target.path)));
+            }
             let site = target.weight.site_or_attach()?;
             // A tied weight may have one adapter for each of its uses.
             let form_of_use = target.form == LayerForm::Embedding;

@@ -1,6 +1,6 @@
 //! Adapters to and from PEFT's folders.
 
-use super::adapter::{DEFAULT, Layer, NamedAdapter};
+use super::adapter::{DEFAULT, Init, Layer, NamedAdapter};
 use super::{LoraModel, NamedParameter};
 use crate::base::Base;
 use crate::error::{Error, Result};
@@ -240,6 +240,9 @@ fn read<M>(name: &str, base: &Base<M>, file: &AdapterFile, switches: &Arc<Switch
     // `false` alone would cost a second draw. But what an initialisation took
     // out of the base must be taken out again.
     let init = Some(super::init_of(&config)).filter(|init| init.changes_base()).unwrap_or(InitLoraWeights::Default);
+    // No memory is taken for ranks that the file can't have.
+    let largest_rank = tensors.values().flat_map(Tensor::size).max().or(Some(0));
+    let init = Init { init, data: None, largest_rank };
     let mut adapter = NamedAdapter::build(name, base, config, init, switches)?;
     adapter.take_tied(&mut tensors)?;
     let parameters = adapter.tensors();

@@ -80,7 +80,8 @@ fn header_length(random: &mut Random, file: &mut [u8]) {
     }
 }
 
-const VALUES: [&str; 16] = [
+const VALUES: [&str; 17] = [
+    "1000000000",
     "-1",
     "0",
     "1",

@@ -17,7 +17,7 @@ pub use pattern::LayerPattern;
 pub(crate) use selection::Selection;
 pub(crate) use support::FOREIGN;
 use support::means_nothing;
-pub(in crate::lora) use validate::{layer_number, whole};
+pub(in crate::lora) use validate::{ALPHA, is_alpha, layer_number, whole};
 pub use values::{Bias, InitLoraWeights, OneOrMany, TargetModules, TokenIndices};
 
 use super::init::data::{CordaConfig, EvaConfig, LoraGaConfig};

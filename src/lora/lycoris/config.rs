@@ -1,6 +1,8 @@
 //! `LohaConfig` and `LokrConfig`, with PEFT's names, defaults and meaning.
 
-use super::super::config::{LayerPattern, LayerSettings, OneOrMany, Selection, TargetModules, shared_accessors};
+use super::super::config::{
+    ALPHA, LayerPattern, LayerSettings, OneOrMany, Selection, TargetModules, is_alpha, shared_accessors,
+};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use tch::Kind;
@@ -217,8 +219,8 @@ impl<M> LycorisConfig<M> {
         if self.r < 1 {
             return Err(Error::config("r", "a rank of at least 1", self.r));
         }
-        if !self.alpha.is_finite() {
-            return Err(Error::config("alpha", "a finite number", self.alpha));
+        if !is_alpha(self.alpha) {
+            return Err(Error::config("alpha", ALPHA, self.alpha));
         }
         for (field, p) in [("rank_dropout", self.rank_dropout), ("module_dropout", self.module_dropout)] {
             if !(0.0..1.0).contains(&p) {
@@ -233,7 +235,7 @@ impl<M> LycorisConfig<M> {
             return Err(Error::config("target_modules", "names, a regular expression or \"all-linear\"", "not given"));
         }
         self.rank_pattern.validate("rank_pattern", "ranks of at least 1", |r| r >= 1)?;
-        self.alpha_pattern.validate("alpha_pattern", "finite numbers", f64::is_finite)?;
+        self.alpha_pattern.validate("alpha_pattern", ALPHA, is_alpha)?;
         self.selection().validate()
     }
 }
