@@ -1,7 +1,8 @@
 //! An adapted linear layer against its peers in Python: forward, and forward
 //! plus backward.
 //!
-//! `cargo xtask bench` (all sizes), `cargo xtask bench --bench linear -- --quick` (one size).
+//! `cargo xtask bench` (all sizes), `cargo xtask bench --bench linear -- --quick` (one size). With
+//! `--csv docs/data/linear.csv` it writes what `cargo run --example charts` draws.
 //!
 //! Peers run in a process of their own; each round times every contestant
 //! once, one after the other, and a figure is the median of the rounds. Results
@@ -9,11 +10,13 @@
 
 #![allow(missing_docs)]
 
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+mod common;
+mod peer;
+
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use peer::{Failure, Peer};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor, nn};
 use tch_peft::{Base, Fp8Format, LoraConfig, LoraModel, QuantConfig};
@@ -32,39 +35,6 @@ const PEERS: [&str; 7] = [
 ];
 /// Layers in Python that can only be evaluated.
 const PACKED: [&str; 2] = ["bnb nf4 packed", "bnb int8 packed"];
-
-type Failure = Box<dyn std::error::Error>;
-
-struct Peer {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-}
-
-impl Peer {
-    fn start() -> Result<Self, Failure> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let python = std::env::var_os("TCH_PEFT_PYTHON").map_or(root.join("target/python/bin/python"), PathBuf::from);
-        let mut child = Command::new(&python)
-            .arg(root.join("benches/python/linear.py"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|e| format!("{}: {e}; run `cargo xtask setup --peers`", python.display()))?;
-        let (input, output) = (child.stdin.take().ok_or("no stdin")?, child.stdout.take().ok_or("no stdout")?);
-        Ok(Peer { child, input, output: BufReader::new(output) })
-    }
-
-    fn ask(&mut self, request: Value) -> Result<Value, Failure> {
-        writeln!(self.input, "{request}")?;
-        let mut line = String::new();
-        if self.output.read_line(&mut line)? == 0 {
-            return Err(format!("the peers died ({:?})", self.child.try_wait()?).into());
-        }
-        Ok(serde_json::from_str(&line)?)
-    }
-}
 
 /// One of ours: a linear layer with LoRA on a packed weight.
 struct Ours {
@@ -145,7 +115,7 @@ fn main() -> Result<(), Failure> {
     let sizes: &[(i64, i64)] = if quick { &[(2048, 2048)] } else { &[(2048, 2048), (4096, 4096), (11008, 4096)] };
     let rows: &[i64] = if quick { &[1, 256] } else { &[1, 16, 256, 1024] };
     let count = 7;
-    let mut peer = Peer::start()?;
+    let mut peer = Peer::start("linear.py")?;
     peer.ask(json!({"threads": tch::get_num_threads()}))?;
     let mut results = Vec::new();
     for &(out, inn) in sizes {
@@ -195,5 +165,17 @@ fn main() -> Result<(), Failure> {
     let report = json!({"threads": tch::get_num_threads(), "rounds": count, "results": results});
     std::fs::write(&file, serde_json::to_string_pretty(&report)?)?;
     println!("\n{}", file.display());
+    if let Some(file) = common::csv_file() {
+        let lines: Vec<String> = report["results"].as_array().into_iter().flatten().map(csv_line).collect();
+        let what = format!("cargo bench --bench linear: LoRA of rank {RANK}, medians of {count} interleaved rounds");
+        common::write_csv(&file, &what, "out,in,rows,dtype,what,layer,milliseconds", &lines)?;
+    }
     Ok(())
+}
+
+fn csv_line(result: &Value) -> String {
+    let text = |key: &str| result[key].as_str().map_or_else(|| result[key].to_string(), String::from);
+    let milliseconds = result["milliseconds"].as_f64().unwrap_or(f64::NAN);
+    let case = ["out", "in", "rows", "dtype", "what", "layer"].map(text).join(",");
+    format!("{case},{milliseconds:.3}")
 }

@@ -2,9 +2,12 @@
 //! turns, and the figures are medians of the rounds.
 //!
 //!     cargo bench --bench lora
+//!     cargo bench --bench lora -- --csv docs/data/lora.csv
 //!
 //! One step is a forward and a backward pass of 64 linear layers of width 256 on 64 rows, in f32,
 //! with two threads. `TCH_PEFT_PYTHON` names the Python that has PEFT.
+
+mod common;
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -135,10 +138,16 @@ fn main() {
         "{:8}  {:>9}  {:>9}  {:>11}  {:>9}  {:>12}",
         "", "tch-peft", "PEFT", "PEFT / ours", "of LoRA's", "PEFT's of it"
     );
+    let mut figures = Vec::new();
     for (i, case) in CASES.iter().enumerate() {
         let (a, b) = (ours[i] * 1e3, theirs[i] * 1e3);
+        figures.push(format!("{case},{a:.2},{b:.2}"));
         let of = |all: &[f64]| all[i] / all[1];
         println!("{case:8}  {a:9.2}  {b:9.2}  {:11.2}  {:9.2}  {:12.2}", b / a, of(&ours), of(&theirs));
+    }
+    if let Some(file) = common::csv_file() {
+        let what = format!("cargo bench --bench lora: {LAYERS} layers of {WIDTH} x {WIDTH}, {ROWS} rows, r = 8, f32");
+        common::write_csv(&file, &what, "case,tch_peft,peft", &figures).unwrap();
     }
 
     let mut wraps = Vec::new();

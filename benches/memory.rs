@@ -2,10 +2,13 @@
 //! the packed weights take, beside PEFT on bitsandbytes nf4 and on dense layers.
 //!
 //!     cargo bench --bench memory
+//!     cargo bench --bench memory -- --csv docs/data/memory.csv
 //!
 //! Each contestant runs in a process of its own: the peak of its resident
 //! memory in the second and third step, less what was resident before the
 //! first. Without the Python peers theirs are left out. Linux only.
+
+mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -86,9 +89,14 @@ fn main() {
     println!(
         "{LAYERS} layers of {WIDTH}², r = 16, f32: peak of a step over the model, MB (% of {dense:.0} MB, the dense weights)"
     );
-    let line = |name: &str, peak: &dyn Fn(i64) -> Option<f64>| {
-        let cells = ROWS.map(|rows| peak(rows).map(|mb| format!("{mb:6.1} ({:4.1} %)", 100.0 * mb / dense)));
-        println!("| {name:20} | {} |", cells.map(|cell| cell.unwrap_or("-".into())).join(" | "));
+    let mut figures = Vec::new();
+    let mut line = |name: &str, peak: &dyn Fn(i64) -> Option<f64>| {
+        let cells = ROWS.map(|rows| {
+            let Some(mb) = peak(rows) else { return "-".into() };
+            figures.push(format!("{name},{rows},{mb:.1},{dense:.1}"));
+            format!("{mb:6.1} ({:4.1} %)", 100.0 * mb / dense)
+        });
+        println!("| {name:20} | {} |", cells.join(" | "));
     };
     println!("| | {} |", ROWS.map(|rows| format!("{rows} rows")).join(" | "));
     for scheme in ["nf4", "int8", "int4", "fp8", "dense"] {
@@ -98,14 +106,19 @@ fn main() {
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let python = std::env::var_os("TCH_PEFT_PYTHON").map_or(root.join("target/python/bin/python"), PathBuf::from);
+    let peers = [("nf4", "PEFT bnb nf4"), ("int8", "PEFT bnb int8"), ("dense", "PEFT dense")];
     if !python.exists() {
-        return println!("without the Python peers");
+        println!("without the Python peers");
     }
-    for peer in ["nf4", "int8", "dense"] {
-        line(&format!("PEFT, {peer}"), &|rows| {
+    for (peer, name) in peers.into_iter().filter(|_| python.exists()) {
+        line(name, &|rows| {
             let mut command = Command::new(&python);
             command.arg(root.join("benches/python/memory.py")).args([peer, &rows.to_string()]);
             megabytes(command.env("PYTHONDONTWRITEBYTECODE", "1").env("HF_HUB_OFFLINE", "1"))
         });
+    }
+    if let Some(file) = common::csv_file() {
+        let what = format!("cargo bench --bench memory: {LAYERS} layers of {WIDTH} x {WIDTH}, r = 16, f32, AdamW");
+        common::write_csv(&file, &what, "layer,rows,megabytes,dense_megabytes", &figures).unwrap();
     }
 }

@@ -36,8 +36,10 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// What is to be converted, and how.
 #[derive(Default)]
-struct Args {
+pub struct Args {
+    /// `adapter` or `model`, then files or folders.
     paths: Vec<PathBuf>,
     to: Option<String>,
     component: Option<String>,
@@ -45,8 +47,8 @@ struct Args {
     scheme: Option<String>,
 }
 
-/// What was done, line by line.
-pub fn run(args: impl IntoIterator<Item = impl Into<std::ffi::OsString>>) -> Result<Vec<String>> {
+/// Reads the command line.
+pub fn parse(args: impl IntoIterator<Item = impl Into<std::ffi::OsString>>) -> Result<Args> {
     let mut parser = lexopt::Parser::from_args(args);
     let mut given = Args::default();
     while let Some(arg) = parser.next()? {
@@ -59,6 +61,18 @@ pub fn run(args: impl IntoIterator<Item = impl Into<std::ffi::OsString>>) -> Res
             other => return Err(format!("{}\n{USAGE}", other.unexpected()).into()),
         }
     }
+    let count = given.paths.len();
+    let right = match given.paths.first().and_then(|what| what.to_str()) {
+        Some("adapter") => count == 3 && given.to.is_some(),
+        Some("model") => (count == 2 || count == 3) && given.base.is_some(),
+        _ => false,
+    };
+    if right { Ok(given) } else { Err(USAGE.into()) }
+}
+
+/// What was done, line by line.
+pub fn run(args: impl IntoIterator<Item = impl Into<std::ffi::OsString>>) -> Result<Vec<String>> {
+    let given = parse(args)?;
     let paths: Vec<&Path> = given.paths.iter().map(PathBuf::as_path).collect();
     match paths.as_slice() {
         [what, from, to] if what.as_os_str() == "adapter" => adapter(&given, from, to),

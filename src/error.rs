@@ -7,6 +7,21 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What can go wrong, with the names involved, what was expected, what was
 /// found, and what to do about it.
+///
+/// ```
+/// # use tch::{Device, nn};
+/// use tch_peft::{Base, Error, LoraConfig, LoraModel};
+///
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "q_proj", 8, 8, Default::default());
+/// # let base = Base::new(vs, net);
+/// let config = LoraConfig::builder().target_modules(["q_prj"]).build()?;
+/// match LoraModel::wrap(base, config) {
+///     Err(Error::NoTarget { target, near }) => println!("no {target}; did you mean {near:?}?"),
+///     other => drop(other?),
+/// }
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

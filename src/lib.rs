@@ -98,14 +98,25 @@ pub use train::{
     SgdRule, State, Stateful, Update, UpdateRule, checkpoint_activations, clip_grad_norm, clip_grad_value,
 };
 
-/// Compiles the code in the texts beside the crate.
+/// Compiles, and runs where it can, the code in the texts beside the crate.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-#[derive(Debug)]
-pub struct Readme;
+mod texts {
+    macro_rules! texts {
+        ($($name:ident: $file:literal,)*) => {
+            $(
+                #[doc = include_str!($file)]
+                #[derive(Debug)]
+                pub struct $name;
+            )*
+        };
+    }
 
-/// Compiles the code in docs/formats.md.
-#[cfg(doctest)]
-#[doc = include_str!("../docs/formats.md")]
-#[derive(Debug)]
-pub struct Formats;
+    texts! {
+        Readme: "../README.md",
+        Faq: "../docs/faq.md",
+        Formats: "../docs/formats.md",
+        Migrating: "../docs/migrating.md",
+        Quantization: "../docs/quantization.md",
+        Resume: "../docs/resume.md",
+    }
+}

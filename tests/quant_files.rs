@@ -108,7 +108,7 @@ fn files_are_exchanged_with_the_python_libraries() {
     for (name, _) in QUANTO {
         let packed = if name.starts_with("qint8") || name.starts_with("qfloat") { 5 } else { 4 };
         compare(&theirs, &format!("{name}_float32"), packed);
-        compare(&theirs, &format!("{name}_bfloat16"), if name == "qint4" { 3 } else { packed });
+        compare(&theirs, &format!("{name}_bfloat16"), packed);
     }
     for case in ["gptq", "gptq_order", "gptq_v2", "awq"] {
         let base = compare(&theirs, case, 1);
@@ -349,4 +349,47 @@ fn torn_files_and_false_indices_are_refused() {
     load(&shapes, &path).unwrap();
     let error = load(&BTreeMap::from([("h.fc.weight".to_string(), vec![256, 24])]), &path).unwrap_err();
     assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+}
+
+/// A buffer that no file holds is left as the module made it, if the caller says so by name.
+#[test]
+fn buffers_may_be_missing_by_name() {
+    let _rng = common::rng();
+    let folder = fresh_dir("quant_files_buffers");
+    let file = folder.join("model.safetensors");
+    let weight = Tensor::randn([8, 64], (Kind::Float, Device::Cpu));
+    write(&file, &[("a.fc.weight".to_string(), weight.shallow_clone())]);
+    let base = || {
+        let vs = VarStore::new(Device::Cpu);
+        let _ = (vs.root() / "a" / "fc").f_var("weight", &[8, 64], Init::Const(0.0)).unwrap();
+        let rotary = vs.root() / "a" / "rotary_emb";
+        let _ = rotary.f_var("inv_freq", &[16], Init::Const(0.5)).unwrap();
+        let handles = handles(&vs);
+        (Base::from(vs), handles)
+    };
+    let config = QuantConfig::int8().build().unwrap();
+    let missing = |error: Error, name: &str| match error {
+        Error::Keys { missing, .. } => assert_eq!(missing, [name]),
+        other => panic!("{other}"),
+    };
+    missing(base().0.load_and_quantize(&file, &config).unwrap_err(), "a.rotary_emb.inv_freq");
+    missing(base().0.load_quantized(&file).unwrap_err(), "a.rotary_emb.inv_freq");
+    for entry in ["inv_freq", "rotary_emb.inv_freq", "a.rotary_emb.inv_freq"] {
+        let (base, handles) = base();
+        let base = base.allow_missing(entry).unwrap().load_and_quantize(&file, &config).unwrap();
+        assert_eq!(base.quantization_report().weights().len(), 1);
+        let values = values(&handles);
+        assert_same(entry, &values["a.rotary_emb.inv_freq"], &Tensor::full([16], 0.5, (Kind::Float, Device::Cpu)));
+        let packed = tch_peft::quant::quantize("w", &weight, Scheme::Int8).unwrap();
+        assert_same(entry, &values["a.fc.weight"], &packed.dequantize(Kind::Float).unwrap());
+    }
+    base().0.allow_missing("inv_freq").unwrap().load_quantized(&file).unwrap();
+    for entry in ["freq", "rotary_emb", "fc.bias", ""] {
+        assert!(matches!(base().0.allow_missing(entry), Err(Error::Config { .. })), "{entry}");
+    }
+    // Of what is to be packed, nothing may be missing.
+    write(&file, &[("a.rotary_emb.inv_freq".to_string(), Tensor::ones([16], (Kind::Float, Device::Cpu)))]);
+    let (base, _) = base();
+    let base = base.allow_missing("fc.weight").unwrap();
+    missing(base.load_and_quantize(&file, &config).unwrap_err(), "a.fc.weight");
 }

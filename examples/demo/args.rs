@@ -1,7 +1,8 @@
 //! The command line.
 
-use crate::Result;
+use super::Result;
 use lexopt::prelude::*;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -71,12 +72,12 @@ impl Job {
 }
 
 /// Reads the command line.
-pub fn parse() -> Result<Task> {
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Task> {
     let (mut name, mut quick) = (None, false);
     let (mut base_seconds, mut steps, mut kills, mut seed) = (None, None, None, None);
     let mut out = PathBuf::from("target/demo");
     let mut job = Job::default();
-    let mut parser = lexopt::Parser::from_env();
+    let mut parser = lexopt::Parser::from_args(arguments);
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(Task::Help(HELP)),

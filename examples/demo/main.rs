@@ -25,7 +25,7 @@ use std::process::ExitCode;
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
 fn main() -> ExitCode {
-    let result = args::parse().and_then(|task| match task {
+    let result = args::parse(std::env::args_os().skip(1)).and_then(|task| match task {
         Task::Demo(settings) => demo(&settings),
         Task::Train(job) => train::train(&job),
         Task::Evaluate(job) => train::evaluate(&job),

@@ -104,6 +104,10 @@ pub(super) fn load(
                 }
             }
             (None, None) if files.has(&weight.name) => copy(&files, weight)?,
+            (None, None) if weight.optional => {
+                tracing::debug!(name = weight.name, "not in the files: left as the module has it");
+                continue;
+            }
             (None, _) => {
                 missing.push(weight);
                 continue;

@@ -25,6 +25,18 @@ pub struct WeightPrint {
 }
 
 /// The identity of a base: that of each weight, sorted by name.
+///
+/// ```
+/// # use tch::{Device, nn};
+/// # use tch_peft::Base;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let base = Base::new(vs, net);
+/// let print = base.fingerprint()?;
+/// assert_eq!(print.weights[1].name, "proj.weight");
+/// assert_eq!((print.weights[1].shape.as_slice(), print.weights[1].dtype.as_str()), (&[8, 8][..], "F32"));
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
     /// One entry per weight.

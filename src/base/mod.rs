@@ -18,7 +18,7 @@ pub use torchscript::TorchScript;
 pub use weights::WeightRole;
 pub(crate) use weights::{Weight, Weights};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::names::suffix_matches;
 use crate::quant::QuantConfig;
 use std::path::Path;
@@ -75,6 +75,21 @@ impl<M> Base<M> {
     /// `entry` is a module's path or its last segments; for
     /// [`WeightRole::Experts`] also the name of a parameter, and a module stands
     /// for all of its parameters of three dimensions.
+    ///
+    /// ```
+    /// use tch::{Device, nn};
+    /// use tch_peft::{Base, WeightRole};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let attention = vs.root() / "attn";
+    /// let _in_out = attention.sub("c_attn").zeros("weight", &[8, 24]); // used as x.matmul(&w)
+    /// let _table = vs.root().sub("positions").zeros("weight", &[16, 8]); // rows are looked up
+    /// let _grouped = vs.root().sub("conv").zeros("weight", &[8, 2, 3]); // four groups of channels
+    /// let base = Base::from(vs)
+    ///     .declare("attn.c_attn", WeightRole::Conv1D)
+    ///     .declare("positions", WeightRole::Embedding)
+    ///     .declare("conv", WeightRole::Conv { groups: 4 });
+    /// ```
     #[must_use]
     pub fn declare(mut self, entry: &str, role: WeightRole) -> Self {
         let experts = matches!(role, WeightRole::Experts { .. });
@@ -91,10 +106,53 @@ impl<M> Base<M> {
         self
     }
 
+    /// States that files may lack a tensor, which then stays as the module made
+    /// it: for [`Base::load_quantized`] and [`Base::load_and_quantize`].
+    ///
+    /// Meant for buffers that a module computes by itself and that PyTorch
+    /// leaves out of files (`persistent=False`), such as masks and tables of
+    /// angles. `entry` is the tensor's name or its last segments. A weight that
+    /// is to be packed must be there all the same.
+    ///
+    /// ```no_run
+    /// # use tch_peft::{Base, QuantConfig};
+    /// let base = Base::torchscript("model.pt")?.allow_missing("rotary_emb.inv_freq")?;
+    /// let base = base.load_and_quantize("model.safetensors", &QuantConfig::nf4().build()?)?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) for an entry that names none of
+    /// the base's tensors.
+    pub fn allow_missing(mut self, entry: &str) -> Result<Self> {
+        let mut found = false;
+        for weight in self.weights.iter_mut().filter(|weight| suffix_matches(&weight.name, entry)) {
+            (weight.optional, found) = (true, true);
+        }
+        match found {
+            true => Ok(self),
+            false => {
+                Err(Error::config("allow_missing", "a tensor of the base, or the last segments of its name", entry))
+            }
+        }
+    }
+
     /// Packs the weights that `config` chooses, one at a time; the dense storage
     /// of each is freed before the next is read, so the peak is one dense weight
     /// over the result. Biases and norms stay, and embeddings and convolutions
     /// unless `config` asks for them.
+    ///
+    /// ```
+    /// use tch::{Device, nn};
+    /// use tch_peft::{Base, QuantConfig};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let net = nn::linear(vs.root() / "proj", 256, 256, Default::default());
+    /// let base = Base::new(vs, net).quantize(&QuantConfig::int8().build()?)?;
+    /// let report = base.quantization_report();
+    /// assert!(report.bytes_after() < report.bytes_before() * 3 / 10);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::NoTarget`](crate::Error::NoTarget) for a pattern that matches
@@ -107,6 +165,17 @@ impl<M> Base<M> {
     }
 
     /// [`Base::quantize`] on a device of one's choice, and with progress.
+    ///
+    /// ```no_run
+    /// use tch::Device;
+    /// use tch_peft::{Base, QuantConfig, QuantizeOptions};
+    ///
+    /// let options = QuantizeOptions::new()
+    ///     .device(Device::cuda_if_available())
+    ///     .progress(|p| eprintln!("{}/{} {}", p.done, p.total, p.weight.name));
+    /// let base = Base::torchscript("model.pt")?.quantize_with(&QuantConfig::nf4().build()?, options)?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// As [`Base::quantize`].
@@ -144,6 +213,18 @@ impl<M> Base<M> {
     /// for `int8`, `int4`, `int2` and `fp8`. A folder with the model's
     /// `config.json` in it loads in `transformers`.
     ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// # use tch_peft::{Base, QuantConfig};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+    /// let base = Base::new(vs, net).quantize(&QuantConfig::nf4().build()?)?;
+    /// base.save_quantized(dir.path())?;
+    /// assert!(dir.path().join("model.safetensors").exists());
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Io`](crate::Error::Io); [`Error::Config`](crate::Error::Config)
     /// for a folder that holds another model, or a dtype that safetensors
@@ -174,9 +255,26 @@ impl<M> Base<M> {
     /// keeps the dtype that the file says; bitsandbytes' 8-bit layout has none,
     /// and takes the module's.
     ///
+    /// ```
+    /// use tch::{Device, nn};
+    /// use tch_peft::{Base, QuantConfig};
+    ///
+    /// let net = || {
+    ///     let vs = nn::VarStore::new(Device::Cpu);
+    ///     let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+    ///     Base::new(vs, net)
+    /// };
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// let base = net().quantize(&QuantConfig::nf4().build()?)?;
+    /// base.save_quantized(dir.path())?;
+    /// let again = net().load_quantized(dir.path())?;
+    /// assert_eq!(again.fingerprint()?, base.fingerprint()?);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Keys`](crate::Error::Keys) unless the files have all of the
-    /// module's weights and no others; [`Error::Mismatch`](crate::Error::Mismatch)
+    /// module's weights, but those of [`Base::allow_missing`], and no others; [`Error::Mismatch`](crate::Error::Mismatch)
     /// for a shape or dtype, and for values that the module ties but the files
     /// have twice and differently; [`Error::NotFinite`](crate::Error::NotFinite),
     /// [`Error::Corrupt`](crate::Error::Corrupt), [`Error::Io`](crate::Error::Io);
@@ -222,6 +320,17 @@ impl<M> Base<M> {
 
     /// [`Base::load_and_quantize`] on a device of one's choice, and with progress.
     ///
+    /// ```no_run
+    /// # use tch::{Device, nn};
+    /// use tch_peft::{Base, QuantConfig, QuantizeOptions};
+    ///
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+    /// let options = QuantizeOptions::new().progress(|p| eprintln!("{}/{}", p.done, p.total));
+    /// let base = Base::new(vs, net).load_and_quantize_with("model", &QuantConfig::nf4().build()?, options)?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// As [`Base::load_and_quantize`].
     pub fn load_and_quantize_with(
@@ -254,12 +363,39 @@ impl<M> Base<M> {
         self.weights.iter().map(|w| w.name.clone()).collect()
     }
 
+    /// The paths of the modules whose weights can be adapted or quantised: what
+    /// `target_modules` and [`QuantConfigBuilder::skip`](crate::QuantConfigBuilder::skip)
+    /// are matched against.
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let net = nn::linear(vs.root() / "up", 4, 8, Default::default());
+    /// assert_eq!(tch_peft::Base::new(vs, net).layer_names(), ["up"]);
+    /// ```
+    pub fn layer_names(&self) -> Vec<String> {
+        self.weights.layers().map(|(path, _)| path.to_string()).collect()
+    }
+
     pub(crate) fn weights(&self) -> &Weights {
         &self.weights
     }
 
     /// Every weight's name, shape, dtype, scheme and a hash of its bytes as
     /// they are kept in memory. Adapters don't count. Taken at the first call.
+    ///
+    /// ```
+    /// use tch::{Device, nn};
+    /// use tch_peft::{Base, QuantConfig};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+    /// let base = Base::new(vs, net);
+    /// let dense = base.fingerprint()?;
+    /// let packed = base.quantize(&QuantConfig::nf4().build()?)?.fingerprint()?;
+    /// assert!(dense.differences(&packed)[0].starts_with("proj.weight: "));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// libtorch's, when reading a tensor fails.
@@ -277,6 +413,21 @@ impl Base<TorchScript> {
     /// `torch.jit.trace`, loaded on the CPU.
     ///
     /// Names are PyTorch's, with dots: `model.layers.0.self_attn.q_proj.weight`.
+    ///
+    /// ```no_run
+    /// use tch::{Kind, Tensor};
+    /// use tch_peft::{Base, LoraConfig, LoraModel};
+    ///
+    /// // python python/export.py --from path/to/gpt2 --out exported/gpt2
+    /// let base = Base::torchscript("exported/gpt2/model.pt")?;
+    /// let config = LoraConfig::builder().target_modules(["c_attn"]).fan_in_fan_out(true).build()?;
+    /// let model = LoraModel::wrap(base, config)?;
+    /// // One input through `forward`, several through the module itself.
+    /// let ids = Tensor::from_slice(&[50256i64, 11]).unsqueeze(0);
+    /// let mask = Tensor::ones([1, 2], (Kind::Int64, ids.device()));
+    /// let logits = model.module().forward_ts(&[ids, mask])?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::NoParameters`](crate::Error::NoParameters) for a module saved

@@ -5,6 +5,18 @@ use std::fmt;
 use tch::Device;
 
 /// How far quantising a base, or loading a quantised one, has come.
+///
+/// ```
+/// # use tch::{Device, nn};
+/// # use tch_peft::{Base, QuantConfig, QuantizeOptions};
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+/// let mut seen = Vec::new();
+/// let options = QuantizeOptions::new().progress(|p| seen.push((p.weight.name.clone(), p.done, p.total)));
+/// let _base = Base::new(vs, net).quantize_with(&QuantConfig::int8().build()?, options)?;
+/// assert_eq!(seen, [("proj.weight".to_string(), 1, 1)]);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct Progress<'a> {
     /// The weight that was packed last.

@@ -19,6 +19,19 @@ pub struct QuantizedWeight {
 }
 
 /// The weights that were packed; displays as a table.
+///
+/// ```
+/// # use tch::{Device, nn};
+/// # use tch_peft::{Base, QuantConfig};
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 64, 64, Default::default());
+/// let base = Base::new(vs, net).quantize(&QuantConfig::nf4().build()?)?;
+/// for weight in base.quantization_report().weights() {
+///     println!("{} {:?}: {} of {} bytes", weight.name, weight.scheme, weight.bytes_after, weight.bytes_before);
+/// }
+/// println!("{}", base.quantization_report()); // as a table
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct QuantizationReport {
     weights: Vec<QuantizedWeight>,

@@ -14,6 +14,17 @@ use tch::{CModule, Device, IValue, Tensor};
 /// calling thread and for the length of the call: the optimiser cuts parts out
 /// of the graph, detaches their inputs and differentiates them by formulas of
 /// its own, in which adapters don't occur.
+///
+/// ```no_run
+/// use tch::{IValue, Tensor};
+/// use tch_peft::Base;
+///
+/// let base = Base::torchscript("model.pt")?;
+/// let (x, t) = (Tensor::from(1.0), Tensor::from(0.5));
+/// let one = base.module().forward_ts(&[&x, &t])?;
+/// let any = base.module().forward_is(&[IValue::Tensor(x), IValue::Double(0.5)])?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct TorchScript {
     module: CModule,

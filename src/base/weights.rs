@@ -10,6 +10,15 @@ use std::sync::Arc;
 use tch::{Kind, Tensor, nn};
 
 /// What a weight is for, hence what may be done to it.
+///
+/// ```
+/// use tch::{Device, nn};
+/// use tch_peft::{Base, WeightRole};
+///
+/// let vs = nn::VarStore::new(Device::Cpu);
+/// let _weight = vs.root().sub("c_attn").zeros("weight", &[8, 24]);
+/// let base = Base::from(vs).declare("c_attn", WeightRole::Conv1D);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WeightRole {
@@ -48,6 +57,8 @@ pub(crate) struct Weight {
     pub(crate) place: usize,
     /// Which weight it is, if that has several names.
     pub(crate) tied: Option<usize>,
+    /// Whether files may lack it.
+    pub(crate) optional: bool,
 }
 
 impl Weight {
@@ -96,7 +107,7 @@ impl Weights {
                     Some(path) if (2..=5).contains(&dims) && tensor.is_floating_point() => role(path, dims),
                     _ => WeightRole::Other,
                 };
-                Weight { name, tensor, role, place, tied: None }
+                Weight { name, tensor, role, place, tied: None, optional: false }
             })
             .collect();
         mark_tied(&mut weights);

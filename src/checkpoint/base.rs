@@ -5,6 +5,32 @@ use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// What a run does about a base other than the recorded one.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+/// # let mut run = Run::builder(dir.path()).build()?;
+/// # let mut parts = Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler);
+/// # run.resume_or_start(&mut parts)?;
+/// # run.save(&mut parts)?;
+/// # drop(run);
+/// model.quantize(&QuantConfig::int8().build()?)?; // the run was begun on the dense base
+/// let mut parts = Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler);
+/// let error = Run::builder(dir.path()).build()?.resume_or_start(&mut parts).unwrap_err();
+/// assert!(matches!(error, Error::DifferentBase { .. }));
+///
+/// let mut run = Run::builder(dir.path()).policy(ResumePolicy::AllowDifferentBase).build()?;
+/// let start = run.resume_or_start(&mut parts)?;
+/// assert!(matches!(start, Start::Resumed { differences, .. } if differences[0].starts_with("proj.weight")));
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ResumePolicy {

@@ -10,6 +10,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Settings of a [`Run`].
+///
+/// ```
+/// use tch_peft::{Best, Run};
+///
+/// let run = Run::builder("runs/a")
+///     .every(100) // save after every 100 steps,
+///     .background(true) // while training goes on,
+///     .keep(3) // keep the newest three,
+///     .keep_every(1000) // each thousandth,
+///     .keep_best(2, Best::Lowest) // and the best two
+///     .build()?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct RunBuilder {
     pub(super) dir: PathBuf,
@@ -87,6 +100,30 @@ impl RunBuilder {
     /// longer one; by default it is an error. The learning rate is that of the
     /// given schedule from the next step on. Each following checkpoint's
     /// `training_state.json` says at which step it changed.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+    /// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+    /// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+    /// let mut run = Run::builder(dir.path()).build()?;
+    /// let mut parts = Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler);
+    /// run.resume_or_start(&mut parts)?;
+    /// run.save(&mut parts)?;
+    /// # drop(run);
+    ///
+    /// let longer = Schedule::cosine(0, 5000);
+    /// let mut parts = Parts::new(&mut model, &mut optimizer, &longer, &mut sampler);
+    /// assert!(Run::builder(dir.path()).build()?.resume_or_start(&mut parts).is_err());
+    /// let mut run = Run::builder(dir.path()).allow_schedule_change(true).build()?;
+    /// run.resume_or_start(&mut parts)?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn allow_schedule_change(mut self, on: bool) -> Self {
         self.allowed.schedule = on;
         self
@@ -96,6 +133,16 @@ impl RunBuilder {
     /// `optimizer.safetensors` is missing; by default it doesn't count as
     /// whole. The optimizer is left as it was given, all else is brought back.
     /// Each following checkpoint's `training_state.json` says so.
+    ///
+    /// ```no_run
+    /// # use tch_peft::{Parts, Run};
+    /// # fn run(parts: &mut Parts<'_>) -> tch_peft::Result<()> {
+    /// // The checkpoint came without `optimizer.safetensors`, to save the way.
+    /// let mut run = Run::builder("runs/a").allow_missing_optimizer(true).build()?;
+    /// run.resume_or_start(parts)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn allow_missing_optimizer(mut self, on: bool) -> Self {
         self.allowed.missing_optimizer = on;
         self

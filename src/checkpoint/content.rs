@@ -7,6 +7,17 @@ use std::collections::BTreeMap;
 use tch::Tensor;
 
 /// What a file of a checkpoint is to hold.
+///
+/// ```
+/// use std::collections::BTreeMap;
+/// use tch::Tensor;
+/// use tch_peft::checkpoint::Content;
+///
+/// let content = Content::Tensors(BTreeMap::from([("shift".to_string(), Tensor::from_slice(&[1.0f32, 2.0]))]));
+/// let bytes = content.to_bytes()?; // a safetensors file
+/// assert_eq!(bytes[8], b'{');
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug)]
 pub enum Content {
     /// Its bytes.

@@ -18,6 +18,14 @@ const PIECE: usize = 4 << 20;
 
 /// A checkpoint's files in memory, just as its manifest says they are: what is
 /// used later is what was verified, whatever happens to the folder.
+///
+/// ```no_run
+/// use tch_peft::checkpoint::CheckpointFiles;
+///
+/// let files = CheckpointFiles::read("runs/a/checkpoint-00000400")?;
+/// println!("{}", String::from_utf8_lossy(files.get("base.json")?));
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub struct CheckpointFiles {
     dir: PathBuf,
     files: BTreeMap<String, Buffer>,

@@ -32,6 +32,19 @@ pub struct SkippedCheckpoint {
 /// manifest are left out silently if their names are not of this crate's form.
 /// A run's folder that doesn't exist has no checkpoints.
 ///
+/// ```no_run
+/// use tch_peft::checkpoint::latest;
+///
+/// let found = latest("runs/a")?;
+/// if let Some((path, manifest)) = found.found {
+///     println!("{}: step {}, {} files", path.display(), manifest.step, manifest.files.len());
+/// }
+/// for skipped in found.skipped {
+///     println!("{}: {}", skipped.path.display(), skipped.reason);
+/// }
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
+///
 /// # Errors
 /// [`Error::Io`] if the folder can't be read, [`Error::NewerFormat`] if a
 /// checkpoint in it is of a newer version of this crate: going on from an

@@ -135,6 +135,13 @@ impl FileEntry {
 /// Reads a checkpoint's manifest and checks size and hash of each file in it.
 /// Files that the manifest doesn't list are left alone.
 ///
+/// ```no_run
+/// // Before a checkpoint is copied elsewhere, say.
+/// let manifest = tch_peft::checkpoint::verify("runs/a/checkpoint-00000400")?;
+/// assert_eq!(manifest.step, 400);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
+///
 /// # Errors
 /// [`Error::Io`] for a file that is missing or can't be read,
 /// [`Error::Corrupt`] for one that is not what the manifest says and for a

@@ -8,6 +8,54 @@ use std::fmt;
 use tch::Device;
 
 /// What a checkpoint needs of a model.
+///
+/// ```
+/// use std::collections::BTreeMap;
+/// use tch::{Device, Tensor};
+/// use tch_peft::checkpoint::{CheckpointFiles, Content};
+/// use tch_peft::{Base, Checkpointable, Fingerprint, Result};
+///
+/// /// A model of one's own, of which one tensor is trained. (`LoraModel` is one already.)
+/// struct Shifted {
+///     base: Base<()>,
+///     shift: Tensor,
+/// }
+///
+/// impl Checkpointable for Shifted {
+///     fn adapter_files(&self) -> Result<Vec<(String, Content)>> {
+///         let tensors = BTreeMap::from([("shift".to_string(), self.shift.shallow_clone())]);
+///         Ok(vec![
+///             ("adapter_model.safetensors".into(), Content::Tensors(tensors)),
+///             ("adapter_config.json".into(), Content::Bytes(b"{}".to_vec())),
+///         ])
+///     }
+///
+///     fn check_adapter(&self, files: &CheckpointFiles) -> Result<()> {
+///         read(files).map(drop)
+///     }
+///
+///     fn load_adapter(&mut self, files: &CheckpointFiles) -> Result<()> {
+///         let found = read(files)?;
+///         tch::no_grad(|| self.shift.f_copy_(&found).map(drop))?;
+///         Ok(())
+///     }
+///
+///     fn fingerprint(&self) -> Result<Fingerprint> {
+///         self.base.fingerprint()
+///     }
+///
+///     fn devices(&self) -> Vec<Device> {
+///         vec![self.shift.device()]
+///     }
+/// }
+///
+/// fn read(files: &CheckpointFiles) -> Result<Tensor> {
+///     let tensors = Tensor::read_safetensors(files.path("adapter_model.safetensors"))?;
+///     let found = tensors.into_iter().find(|(name, _)| name == "shift").map(|(_, tensor)| tensor);
+///     let missing = || tch_peft::Error::Corrupt { path: files.path("adapter_model.safetensors"), reason: "no shift".into() };
+///     found.ok_or_else(missing)
+/// }
+/// ```
 pub trait Checkpointable {
     /// Name and content of `adapter_model.safetensors` and
     /// `adapter_config.json`, and of further files if the model has any.
@@ -52,6 +100,26 @@ pub trait Checkpointable {
 /// The four that every run has are given to [`Parts::new`], whatever else
 /// changes from step to step (an EMA, a loss scaler, a second sampler, …) is
 /// added with [`Parts::with`].
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+/// let mut ema = Ema::builder().decay(0.99).build(model.trainable_parameters())?;
+/// let mut noise = Generator::new(3);
+/// let mut run = Run::builder(dir.path()).build()?;
+/// let mut parts = Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler)
+///     .with("ema", &mut ema)
+///     .with("noise", &mut noise);
+/// run.resume_or_start(&mut parts)?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub struct Parts<'a> {
     /// The adapted model.
     pub model: &'a mut dyn Checkpointable,

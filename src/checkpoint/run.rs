@@ -29,6 +29,30 @@ use std::sync::{Arc, Mutex};
 /// [`GradientAccumulation`](crate::GradientAccumulation) that is a part of the
 /// run: with one, a step may be a micro-batch. Without, count a step, which may
 /// save, only after `zero_grad`.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+/// let mut run = Run::builder(dir.path().join("run")).every(10).build()?;
+/// run.resume_or_start(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler))?;
+/// while run.current_step() < 20 {
+///     let rows = sampler.next_batch();
+///     let x = Tensor::ones([rows.len() as i64, 8], (Kind::Float, Device::Cpu));
+///     model.forward(&x)?.square().mean(Kind::Float).f_backward()?;
+///     optimizer.step()?;
+///     optimizer.zero_grad()?;
+///     run.step(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler))?;
+/// }
+/// assert!(dir.path().join("run/checkpoint-00000020/adapter_model.safetensors").exists());
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Run {
     settings: RunBuilder,
@@ -95,6 +119,31 @@ impl Run {
     /// All files are verified and compared with the parts before anything is
     /// changed: on an error, the parts and the random generators are as before.
     /// Newer checkpoints that are torn or damaged are skipped, and listed.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+    /// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+    /// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+    /// let mut run = Run::builder(dir.path()).build()?;
+    /// match run.resume_or_start(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler))? {
+    ///     Start::Fresh => println!("a new run"),
+    ///     Start::Resumed { step, skipped, differences, .. } => {
+    ///         println!("goes on at step {step}");
+    ///         for checkpoint in skipped {
+    ///             println!("{}: {}", checkpoint.path.display(), checkpoint.reason);
+    ///         }
+    ///         // Without any, all that follows is the same bits as if nothing had happened.
+    ///         println!("not as recorded: {differences:?}");
+    ///     }
+    /// }
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::DifferentBase`] for another base (see
@@ -164,6 +213,23 @@ impl Run {
 
     /// Counts a step: sets the learning rate of the next, and saves if due.
     ///
+    /// ```no_run
+    /// # use tch_peft::{Error, Parts, Run};
+    /// # fn run(run: &mut Run, parts: &mut Parts<'_>) -> tch_peft::Result<()> {
+    /// match run.step(parts) {
+    ///     Ok(report) => {
+    ///         if let Some(checkpoint) = report.saved {
+    ///             println!("step {}: {}", report.step, checkpoint.display());
+    ///         }
+    ///     }
+    ///     // The disk is full: the run is sound, and tries again when the next one is due.
+    ///     Err(error @ Error::NotSaved { .. }) => eprintln!("{error}"),
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::NotSaved`] if a checkpoint could not be written. Even then the
     /// step is counted and the run is as sound as before: a caller may log it
@@ -182,6 +248,24 @@ impl Run {
     /// those no longer kept. It waits until the checkpoint is on disk, even if
     /// others are written in the background.
     ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+    /// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+    /// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+    /// let mut run = Run::builder(dir.path()).build()?;
+    /// let mut parts = Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler);
+    /// run.resume_or_start(&mut parts)?;
+    /// let path = run.save(&mut parts)?; // before the program ends, say
+    /// assert!(path.ends_with("checkpoint-00000000"));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::NotSaved`] if it, or the one being written before it, can't be
     /// written; the checkpoints from before are as they were, and so is the
@@ -195,6 +279,19 @@ impl Run {
 
     /// Waits until nothing is being written in the background, and answers
     /// the checkpoint that this has saved.
+    ///
+    /// ```no_run
+    /// # use tch_peft::{Parts, Run};
+    /// # fn run(parts: &mut Parts<'_>) -> tch_peft::Result<()> {
+    /// let mut run = Run::builder("runs/a").every(100).background(true).build()?;
+    /// run.resume_or_start(parts)?;
+    /// // … training …
+    /// if let Some(path) = run.flush()? {
+    ///     println!("on disk: {}", path.display());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`Error::NotSaved`] if it could not be written.
@@ -220,6 +317,29 @@ impl Run {
     /// [`Run::step`], or a [`Run::save`] before it, makes of these weights,
     /// and counts no longer after that step.
     ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+    /// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+    /// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+    /// let mut run = Run::builder(dir.path()).every(1).keep(1).keep_best(1, Best::Lowest).build()?;
+    /// let mut parts = Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler);
+    /// run.resume_or_start(&mut parts)?;
+    /// for held_out_loss in [2.5, 1.5, 2.0, 2.2] {
+    ///     run.set_metric(held_out_loss)?;
+    ///     run.step(&mut parts)?;
+    /// }
+    /// // The best one and the newest one.
+    /// assert!(dir.path().join("checkpoint-00000002").exists() && dir.path().join("checkpoint-00000004").exists());
+    /// assert!(!dir.path().join("checkpoint-00000003").exists());
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Config`] for a value that is not finite.
     pub fn set_metric(&mut self, value: f64) -> Result<()> {
@@ -231,6 +351,29 @@ impl Run {
     }
 
     /// Sets the caller's own value, which goes into each checkpoint from now on.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+    /// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+    /// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+    /// let mut run = Run::builder(dir.path()).build()?;
+    /// let mut parts = Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler);
+    /// run.resume_or_start(&mut parts)?;
+    /// run.set_user_state(&("wikitext".to_string(), 1234u64))?;
+    /// run.save(&mut parts)?;
+    /// # drop(run);
+    ///
+    /// let mut run = Run::builder(dir.path()).build()?;
+    /// run.resume_or_start(&mut parts)?;
+    /// assert_eq!(run.user_state::<(String, u64)>()?, Some(("wikitext".into(), 1234)));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Config`] for a value that would not come back from JSON, such

@@ -126,6 +126,10 @@ pub(crate) fn trim_heap() {
 /// What came of loading libtorch's CUDA half when the program started.
 ///
 /// One of `loaded <path>`, `no CUDA driver …`, or `CPU-only: <reason>`.
+///
+/// ```
+/// println!("CUDA: {}", tch_peft::cuda_status());
+/// ```
 pub fn cuda_status() -> String {
     // SAFETY: a static, NUL-terminated string.
     unsafe { CStr::from_ptr(tp_cuda_status()) }.to_string_lossy().into_owned()

@@ -57,6 +57,14 @@ impl AdapterFile {
     /// `transformer`, `unet`, `text_encoder`, `text_encoder_2`, …; `""` for
     /// keys that name none. Needed for a file with several, and to write
     /// diffusers' layouts.
+    ///
+    /// ```no_run
+    /// use tch_peft::{AdapterFile, Base, LoraModel};
+    ///
+    /// let unet = Base::torchscript("unet.pt")?;
+    /// let model = LoraModel::from_pretrained(unet, AdapterFile::new("sdxl.safetensors").component("unet"))?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn component(mut self, component: impl Into<String>) -> Self {
         self.component = Some(component.into());
         self
@@ -75,6 +83,13 @@ impl AdapterFile {
 
     /// The layout, the components, and what tells them. The tensors are not
     /// read.
+    ///
+    /// ```no_run
+    /// let found = tch_peft::AdapterFile::new("lora.safetensors").detect()?;
+    /// println!("{found}"); // kohya: 36 keys such as lora_unet_….lora_down.weight; components: text_encoder, unet
+    /// assert!(found.components.contains(&"unet".to_string()));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Unsupported`] for an adapter of another kind than

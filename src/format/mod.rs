@@ -36,6 +36,16 @@ use std::io::Write;
 use std::path::Path;
 
 /// A layout of adapter files. docs/formats.md shows the keys of each.
+///
+/// ```no_run
+/// # fn run(model: tch_peft::LoraModel<tch::nn::Linear>) -> tch_peft::Result<()> {
+/// use tch_peft::{AdapterFile, AdapterFormat};
+///
+/// let file = AdapterFile::new("kohya.safetensors").component("unet");
+/// model.save_as("default", AdapterFormat::Kohya, file)?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum AdapterFormat {
@@ -93,6 +103,17 @@ pub(crate) fn write_files(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<
 }
 
 /// What came of loading an adapter.
+///
+/// ```no_run
+/// # fn run(mut model: tch_peft::LoraModel<tch::nn::Linear>) -> tch_peft::Result<()> {
+/// let report = model.load_adapter("poet.safetensors", "poet")?;
+/// println!("{report}");
+/// for key in &report.unknown_config_keys {
+///     println!("kept, but not understood: {key}");
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadReport {
     /// The layout of the file.

@@ -7,6 +7,16 @@ use tch::{Kind, Tensor};
 ///
 /// With weights wᵢ, scales sᵢ and factors Aᵢ, Bᵢ, the adapters add
 /// Σ wᵢ·Dᵢ with Dᵢ = sᵢ·Bᵢ·Aᵢ. The new adapter has the scale 1.
+///
+/// ```
+/// use tch_peft::{Combination, MajoritySign, Merge};
+///
+/// // PEFT's `combination_type`: "cat", "linear", "ties_svd" with a rank of 16.
+/// let exact = Combination::Cat;
+/// let linear = Combination::Factors(Merge::Linear);
+/// let merge = Merge::Ties { density: 0.2, sign: MajoritySign::Total };
+/// let ties = Combination::Svd { merge, rank: Some(16), clamp: None };
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Combination {
     /// A = \[wᵢsᵢAᵢ\], B = \[Bᵢ\]: exact, of rank Σrᵢ.
@@ -28,6 +38,12 @@ pub enum Combination {
 }
 
 /// How tensors tᵢ with weights wᵢ are summed.
+///
+/// ```
+/// use tch_peft::{Combination, Merge};
+///
+/// let dare = Combination::Svd { merge: Merge::DareLinear { density: 0.5 }, rank: None, clamp: None };
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Merge {
     /// Σ wᵢtᵢ.

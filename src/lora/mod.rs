@@ -13,6 +13,7 @@ mod layer;
 mod linear;
 mod lycoris;
 mod parameter;
+mod products;
 mod qalora;
 mod replace;
 mod target;

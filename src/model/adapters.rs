@@ -71,6 +71,21 @@ impl<M> LoraModel<M> {
     /// Adds a new adapter. It takes no part, and requires no gradients, until
     /// [`LoraModel::set_adapter`] names it.
     ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// model.add_adapter("poet", config)?;
+    /// assert_eq!(model.adapter_names(), ["default", "poet"]);
+    /// assert_eq!(model.active_adapters(), ["default"]);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Config`] for a name that is taken or can't name a folder; those
     /// of [`LoraModel::wrap`]. Nothing is changed then.
@@ -115,6 +130,23 @@ impl<M> LoraModel<M> {
     ///
     /// The active ones require gradients, unless they were loaded for inference
     /// or [`LoraModel::set_requires_grad`] said otherwise; all others don't.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// model.add_adapter("poet", config)?;
+    /// model.set_adapter("poet")?;
+    /// let poet = model.forward(&x)?;
+    /// model.set_adapter(["default", "poet"])?; // both, summed
+    /// assert!(!model.forward(&x)?.allclose(&poet, 1e-5, 1e-8, false));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Config`] for a name that the model doesn't have or that comes
@@ -165,6 +197,20 @@ impl<M> LoraModel<M> {
     /// Whether the adapter's tensors require gradients, now and whenever it is
     /// active.
     ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// model.set_requires_grad("default", false)?;
+    /// assert!(model.trainable_parameters().is_empty());
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Config`] for a name that the model doesn't have; libtorch's.
     pub fn set_requires_grad(&mut self, name: &str, on: bool) -> Result<()> {
@@ -175,6 +221,22 @@ impl<M> LoraModel<M> {
     /// Multiplies the scale s of every layer of an adapter, from the next
     /// forward pass on; 1 is what its configuration says, 0 turns it off. It is
     /// not saved.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// model.set_adapter_scale("default", 0.0)?;
+    /// let off = model.forward(&x)?;
+    /// let _guard = model.disable_adapters();
+    /// assert!(model.forward(&x)?.allclose(&off, 1e-6, 1e-7, false));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Config`] for a name that the model doesn't have, an infinite
@@ -213,6 +275,23 @@ impl<M> LoraModel<M> {
 
     /// Deletes an adapter. If it was active, the other active ones stay so, and
     /// no other becomes it.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// model.add_adapter("poet", config)?;
+    /// model.delete_adapter("default")?;
+    /// assert_eq!(model.adapter_names(), ["poet"]);
+    /// assert!(model.active_adapters().is_empty());
+    /// model.set_adapter("poet")?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Config`] for a name that the model doesn't have, while adapters

@@ -18,6 +18,23 @@ impl<M> LoraModel<M> {
     /// A' = \[A; A₀\] and B' = \[B, −B₀\] of twice the rank, exactly. `initial` is
     /// the adapter's folder as it was saved before training.
     ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// use tch_peft::{Base, InitLoraWeights, LoraConfig, LoraModel};
+    ///
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let (initial, plain) = (dir.path().join("initial"), dir.path().join("plain"));
+    /// let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(InitLoraWeights::Pissa);
+    /// let model = LoraModel::wrap(Base::new(vs, net), config.build()?)?;
+    /// model.save_pretrained(&initial)?; // before training
+    /// // … training …
+    /// model.save_as_lora("default", &plain, &initial)?;
+    /// assert_eq!(LoraConfig::from_pretrained(&plain)?.r(), 4);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Config`] for a name that the model doesn't have, and for DoRA,
     /// a bias of `lora_B`, `target_parameters` and `ensure_weight_tying`, of which

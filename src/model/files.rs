@@ -26,6 +26,24 @@ impl<M> LoraModel<M> {
     /// [`AdapterFormat`]; [`AdapterFile`] says which part of a pipeline is
     /// meant, and what its modules are called.
     ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// model.save_pretrained(dir.path())?;
+    ///
+    /// let base = model.unload()?; // or the same model in another program
+    /// let model = LoraModel::from_pretrained(base, dir.path())?;
+    /// assert!(model.trainable_parameters().is_empty() && !model.is_training());
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Io`], [`Error::Corrupt`], [`Error::Unsupported`] for features
     /// that we don't have, [`Error::Keys`] unless the file's keys are the
@@ -48,6 +66,16 @@ impl<M> LoraModel<M> {
     /// data order and random numbers start anew; to go on with a run, use
     /// [`Run::resume_or_start`](crate::Run::resume_or_start).
     ///
+    /// ```no_run
+    /// use tch_peft::{AdamW, Base, LoraModel, QuantConfig};
+    ///
+    /// let base = Base::torchscript("sd3.pt")?.quantize(&QuantConfig::int8().build()?)?;
+    /// // A SimpleTuner checkpoint, though it was trained on another base's precision.
+    /// let model = LoraModel::init_lora(base, "output/checkpoint-500")?;
+    /// let optimizer = AdamW::builder().lr(1e-4).build(model.trainable_parameters())?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// As [`LoraModel::from_pretrained`].
     pub fn init_lora(base: impl Into<Base<M>>, file: impl Into<AdapterFile>) -> Result<Self> {
@@ -59,6 +87,25 @@ impl<M> LoraModel<M> {
     /// inference: it never requires gradients, unless
     /// [`LoraModel::set_requires_grad`] says so. It takes no part until
     /// [`LoraModel::set_adapter`] names it.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// model.save_adapter("default", dir.path(), None)?;
+    /// let report = model.load_adapter(dir.path(), "copy")?;
+    /// assert_eq!(report.loaded.len(), 2);
+    /// let before = model.forward(&x)?;
+    /// model.set_adapter("copy")?;
+    /// assert!(model.forward(&x)?.equal(&before));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Config`] for a name that is taken or can't name a folder; those
@@ -76,6 +123,26 @@ impl<M> LoraModel<M> {
     /// name and as active as that was. The new one may have other targets,
     /// ranks and scales; it is for inference, as in
     /// [`LoraModel::load_adapter`]. Its scale is what its configuration says.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let other = LoraConfig::builder().r(4).target_modules(["proj"]).build()?;
+    /// # model.add_adapter("other", other)?;
+    /// # model.save_adapter("other", dir.path(), None)?;
+    /// # model.delete_adapter("other")?;
+    /// // Requests go on under the name `default`, with what the folder holds now.
+    /// model.hotswap_adapter(dir.path(), "default")?;
+    /// assert_eq!(model.adapter_config("default")?.as_lora().map(LoraConfig::r), Some(4));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Config`] for a name that the model doesn't have, while adapters
@@ -131,6 +198,23 @@ impl<M> LoraModel<M> {
     /// into a folder of their name in it, as PEFT does. Each file appears whole
     /// or not at all.
     ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// model.save_pretrained(dir.path())?;
+    /// for file in ["adapter_config.json", "adapter_model.safetensors"] {
+    ///     assert!(dir.path().join(file).exists());
+    /// }
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Io`] for a folder that can't be made or written to.
     pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
@@ -146,6 +230,21 @@ impl<M> LoraModel<M> {
 
     /// Writes one adapter into the folder itself; in another dtype than it is
     /// trained in, if one is given.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// // Half the size; A and B stay f32 in memory.
+    /// model.save_adapter("default", dir.path(), Some(Kind::BFloat16))?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Config`] for a name that the model doesn't have;

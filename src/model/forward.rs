@@ -10,6 +10,38 @@ use tch::{Tensor, nn};
 ///
 /// Every [`tch::nn::ModuleT`] (hence every [`tch::nn::Module`]) is one, and so
 /// is [`TorchScript`]. For another signature, call the module itself.
+///
+/// ```
+/// use tch::{Device, Tensor, nn};
+/// use tch_peft::{ForwardModule, Result};
+///
+/// /// Token ids in, logits out: not a `tch::nn::Module`, as it may fail.
+/// struct Net {
+///     table: nn::Embedding,
+///     head: nn::Linear,
+/// }
+///
+/// impl ForwardModule for Net {
+///     fn forward(&self, ids: &Tensor, _train: bool) -> Result<Tensor> {
+///         let hidden = Tensor::f_embedding(&self.table.ws, ids, -1, false, false)?;
+///         Ok(hidden.f_linear(&self.head.ws, self.head.bs.as_ref())?)
+///     }
+///
+///     fn set_training(&mut self, _train: bool) -> Result<()> {
+///         Ok(())
+///     }
+/// }
+/// # use tch_peft::{Base, LoraConfig, LoraModel};
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = Net {
+/// #     table: nn::embedding(vs.root() / "embed", 10, 4, Default::default()),
+/// #     head: nn::linear(vs.root() / "head", 4, 10, Default::default()),
+/// # };
+/// # let config = LoraConfig::builder().r(2).target_modules(["head", "embed"]).build()?;
+/// # let model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// # assert_eq!(model.forward(&Tensor::from_slice(&[1i64, 2]))?.size(), [2, 10]);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub trait ForwardModule {
     /// The forward pass; `train` as in [`tch::nn::ModuleT`].
     ///
@@ -55,6 +87,22 @@ impl<M: ForwardModule> LoraModel<M> {
     }
 
     /// Training mode: dropout is live, here and in the module.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// model.eval()?;
+    /// assert!(!model.is_training());
+    /// model.train()?;
+    /// assert!(model.is_training()); // as after `wrap`
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// libtorch's.

@@ -14,6 +14,13 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 /// What is merged, and what the result is.
+///
+/// ```
+/// use tch::Kind;
+/// use tch_peft::MergeOptions;
+///
+/// let options = MergeOptions::new().adapters(["default", "poet"]).dtype(Kind::BFloat16);
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct MergeOptions {
     adapters: Option<Vec<String>>,
@@ -64,6 +71,25 @@ pub struct MergedLayer {
 }
 
 /// What merging did; displays as a table.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # tch::manual_seed(0);
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+/// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+/// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+/// model.quantize(&QuantConfig::int8().build()?)?;
+/// let report = model.merge_adapter(&MergeOptions::new().requantize(true))?;
+/// println!("{report}");
+/// let worst = report.worst().map_or(0.0, |layer| layer.error);
+/// if worst > 0.3 {
+///     model.unmerge_adapter()?; // too much of the adapter would be lost
+/// }
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct MergeReport {
     /// The merged weights, sorted by name.
@@ -103,6 +129,23 @@ impl<M> LoraModel<M> {
     /// [`LoraModel::unmerge_adapter`] takes them again as they were.
     ///
     /// W' = W + Σ ΔW is summed in f32 and rounded once.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// let before = model.forward(&x)?;
+    /// model.merge_adapter(&MergeOptions::new())?;
+    /// assert!(model.forward(&x)?.allclose(&before, 1e-5, 1e-6, false));
+    /// model.unmerge_adapter()?;
+    /// assert!(model.forward(&x)?.equal(&before));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Config`] for a name that the model doesn't have, for adapters
@@ -153,6 +196,22 @@ impl<M> LoraModel<M> {
     /// that it had before it was packed, or in the one asked for. Quantised
     /// weights that no adapter changes stay quantised.
     ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// let before = model.forward(&x)?;
+    /// let (base, _report) = model.merge_and_unload(&MergeOptions::new())?;
+    /// // A plain network again.
+    /// assert!(nn::Module::forward(base.module(), &x).allclose(&before, 1e-5, 1e-6, false));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// As [`LoraModel::merge_adapter`], but adapters need not be active;
     /// [`Error::Config`] for a dtype together with packing again.
@@ -177,6 +236,20 @@ impl<M> LoraModel<M> {
     }
 
     /// Gives the base back as it was, without adapters.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// let base = model.unload()?;
+    /// let again = LoraModel::wrap(base, config)?; // it may be wrapped anew
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// libtorch's.

@@ -8,6 +8,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The name that stands for no adapter in a mixed batch, as in PEFT.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// let mixed = model.mixed_batch(&["default", BASE_ROW])?; // the second row without an adapter
+/// let y = model.forward(&Tensor::ones([2, 8], (Kind::Float, Device::Cpu)))?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub const BASE_ROW: &str = "__base__";
 
 /// A batch is mixed while this lives; see [`LoraModel::mixed_batch`].
@@ -30,6 +42,8 @@ impl<M> LoraModel<M> {
     /// Gives each row of the batches that are run until the guard is dropped
     /// its own adapter, in one pass: `names` has one entry for each row,
     /// [`BASE_ROW`] for none. The active adapters take no part meanwhile.
+    ///
+    /// Rows of one adapter that lie one after the other are the fastest.
     ///
     /// The batch is the first dimension of every adapted layer's input; a
     /// matrix may have batch and positions flattened into its rows. Gradients

@@ -89,6 +89,24 @@ impl<M> LoraModel<M> {
     /// The adapter's tensors are drawn from libtorch's default generator in the order of the
     /// weights' names; call [`tch::manual_seed`] before for repeatable values.
     ///
+    /// ```
+    /// use tch::{Device, nn};
+    /// use tch_peft::{Base, LohaConfig, LoraConfig, LoraModel};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// let config = LoraConfig::builder().r(2).target_modules("all-linear").build()?;
+    /// let model = LoraModel::wrap(Base::new(vs, net), config)?;
+    /// assert_eq!(model.layers(), ["proj"]);
+    ///
+    /// // A store alone, of a model that is kept elsewhere; and another kind of adapter.
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// let _model = LoraModel::wrap(vs, LohaConfig::builder().r(2).target_modules(["proj"]).build()?)?;
+    /// # drop(net);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::NoTarget`] if nothing matches, or one entry of a list doesn't;
     /// [`Error::Unsupported`] for a feature that this version lacks;
@@ -124,6 +142,20 @@ impl<M> LoraModel<M> {
 
     /// Quantises the base under the adapters, as [`Base::quantize`] does
     /// before; the model that results is the same.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// model.quantize(&QuantConfig::nf4().build()?)?;
+    /// assert_eq!(model.layer_status()[0].scheme, Some(Scheme::NF4));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// As [`Base::quantize`]; [`Error::Config`] while an adapter is merged.
@@ -167,6 +199,20 @@ impl<M> LoraModel<M> {
 
     /// Those of [`LoraModel::parameters`] that require gradients; what an
     /// optimizer takes. Empty after [`LoraModel::from_pretrained`].
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// let names: Vec<String> = model.trainable_parameters().into_iter().map(|p| p.name).collect();
+    /// assert_eq!(names, ["base_model.model.proj.lora_A.weight", "base_model.model.proj.lora_B.weight"]);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn trainable_parameters(&self) -> Vec<NamedParameter> {
         self.parameters().into_iter().filter(|p| p.tensor.requires_grad()).collect()
     }
@@ -179,6 +225,25 @@ impl<M> LoraModel<M> {
     /// Turns the adapters off until the guard is dropped, which restores what
     /// was before. The model computes the base's results meanwhile, in every
     /// thread.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// let adapted = model.forward(&x)?;
+    /// let plain = {
+    ///     let _off = model.disable_adapters();
+    ///     model.forward(&x)?
+    /// };
+    /// assert!(!plain.allclose(&adapted, 1e-5, 1e-8, false));
+    /// assert!(model.forward(&x)?.equal(&adapted));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     #[must_use = "the adapters are on again once the guard is dropped"]
     pub fn disable_adapters(&self) -> DisabledAdapters {
         let before = self.switches.enabled.swap(false, Ordering::Relaxed);
@@ -186,11 +251,36 @@ impl<M> LoraModel<M> {
     }
 
     /// What came of loading the first adapter, if it was loaded.
+    ///
+    /// ```no_run
+    /// # fn run(base: tch_peft::Base<tch::nn::Linear>) -> tch_peft::Result<()> {
+    /// let model = tch_peft::LoraModel::from_pretrained(base, "adapter")?;
+    /// if let Some(report) = model.load_report() {
+    ///     println!("{} tensors; unknown fields: {:?}", report.loaded.len(), report.unknown_config_keys);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn load_report(&self) -> Option<&LoadReport> {
         self.first.report.as_ref()
     }
 
     /// Trainable and total parameters.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// let summary = model.summary();
+    /// assert_eq!((summary.trainable, summary.total), (2 * 2 * 8, 2 * 2 * 8 + 8 * 8 + 8));
+    /// println!("{summary}");
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn summary(&self) -> Summary {
         let count = |tensors: &mut dyn Iterator<Item = Tensor>| tensors.map(|t| t.numel() as u64).sum::<u64>();
         let trainable = count(&mut self.trainable_parameters().into_iter().map(|p| p.tensor));

@@ -53,6 +53,20 @@ pub struct ModelStatus {
 
 impl<M> LoraModel<M> {
     /// The adapters of every adapted weight, sorted by name.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// let [layer] = &model.layer_status()[..] else { panic!("one layer") };
+    /// assert_eq!((layer.name.as_str(), layer.active.len(), layer.scheme), ("proj.weight", 1, None));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn layer_status(&self) -> Vec<LayerStatus> {
         let mut sites: Vec<&Arc<Site>> =
             self.all().flat_map(|a| a.sites().map(|(site, _)| site).collect::<Vec<_>>()).collect();
@@ -80,6 +94,21 @@ impl<M> LoraModel<M> {
     }
 
     /// The adapters of the model and what is trained of it.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// let status = model.model_status();
+    /// assert_eq!((status.layers, status.active.as_slice()), (1, &["default".to_string()][..]));
+    /// assert!(status.enabled && status.merged.is_empty());
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn model_status(&self) -> ModelStatus {
         let summary = self.summary();
         ModelStatus {

@@ -3,6 +3,19 @@
 use std::fmt;
 
 /// Parameter counts; displays as PEFT's `print_trainable_parameters`.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// let summary = model.summary();
+/// assert!((summary.percent() - 100.0 * 32.0 / 104.0).abs() < 1e-9);
+/// println!("{summary}"); // as PEFT prints it
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Summary {
     /// Parameters that require gradients.

@@ -17,6 +17,25 @@ impl<M> LoraModel<M> {
     /// the order of the layers' names, first for all A and then for all B of a
     /// layer.
     ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # tch::manual_seed(0);
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).init_lora_weights(false).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config.clone())?;
+    /// # let x = Tensor::randn([3, 8], (Kind::Float, Device::Cpu));
+    /// model.add_adapter("poet", config)?;
+    /// let sources = [("default", 0.7), ("poet", 0.3)];
+    /// model.add_weighted_adapter(&sources, "both", Combination::Cat)?; // exact, of rank 2 + 2
+    /// let ties = Merge::Ties { density: 0.5, sign: MajoritySign::Total };
+    /// model.add_weighted_adapter(&sources, "ties", Combination::Svd { merge: ties, rank: Some(2), clamp: None })?;
+    /// model.set_adapter("both")?;
+    /// assert_eq!(model.adapter_config("both")?.as_lora().map(LoraConfig::r), Some(4));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Config`] for a name that is taken or that the model doesn't
     /// have, for another number of weights than of names, for values out of

@@ -6,6 +6,14 @@ use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// What a [`QuantRule`] does with the weights that it matches.
+///
+/// ```
+/// use tch_peft::{QuantConfig, Scheme, Treatment};
+///
+/// let config = QuantConfig::nf4().rule("h.0.*", Treatment::Keep).rule("*.down", Scheme::Int8).build()?;
+/// assert_eq!(config.rules()[1].to, Treatment::Quantize(Scheme::Int8));
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Treatment {
@@ -24,6 +32,14 @@ impl From<Scheme> for Treatment {
 }
 
 /// One rule of a [`QuantConfig`].
+///
+/// ```
+/// use tch_peft::{QuantConfig, QuantRule, Scheme};
+///
+/// let config = QuantConfig::nf4().rule("mlp.down_proj", Scheme::Int8).build()?;
+/// assert_eq!(config.rules(), [QuantRule { pattern: "mlp.down_proj".into(), to: Scheme::Int8.into() }]);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QuantRule {
@@ -203,6 +219,15 @@ impl QuantConfig {
 }
 
 /// Makes a [`QuantConfig`].
+///
+/// ```
+/// use tch_peft::QuantConfig;
+///
+/// let config = QuantConfig::int4().group_size(64).hqq(true).skip(["lm_head"]).embeddings(true).build()?;
+/// assert_eq!(config.scheme().to_string(), "int4-g64+hqq");
+/// assert!(QuantConfig::int8().double_quant(true).build().is_err()); // int8 has no such setting
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 #[must_use = "call build()"]
 pub struct QuantConfigBuilder {

@@ -9,6 +9,15 @@ use std::fmt;
 /// `n` values are packed row by row; a weight of more than two dimensions
 /// counts as the matrix (first size, product of the others). "In the weight's
 /// dtype" means that each step of the arithmetic is rounded to it.
+///
+/// ```
+/// use tch_peft::{QuantConfig, Scheme};
+///
+/// let scheme = Scheme::Nf4 { block_size: 128, double_quant: true };
+/// assert_eq!(scheme.to_string(), "nf4-b128+dq");
+/// assert_eq!(QuantConfig::builder(scheme).build()?.scheme(), scheme);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "scheme", rename_all = "lowercase")]
 #[non_exhaustive]
@@ -91,6 +100,13 @@ pub enum Scheme {
 }
 
 /// An 8-bit float format.
+///
+/// ```
+/// use tch_peft::{Fp8Format, QuantConfig};
+///
+/// assert_eq!(QuantConfig::fp8(Fp8Format::E5m2).build()?.scheme().to_string(), "fp8-e5m2");
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Fp8Format {

@@ -37,6 +37,20 @@ impl Autocast {
 
     /// Off, for a part that needs full precision.
     ///
+    /// ```
+    /// use tch::{Device, Kind, Tensor};
+    /// use tch_peft::Autocast;
+    ///
+    /// let x = Tensor::ones([2, 2], (Kind::Float, Device::Cpu));
+    /// let _on = Autocast::new(Device::Cpu, Kind::BFloat16)?;
+    /// let precise = {
+    ///     let _off = Autocast::disabled(Device::Cpu)?;
+    ///     x.matmul(&x)
+    /// };
+    /// assert_eq!((precise.kind(), x.matmul(&x).kind()), (Kind::Float, Kind::BFloat16));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) for a device that is neither CPU
     /// nor CUDA.

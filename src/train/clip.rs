@@ -13,6 +13,24 @@ use tch::Tensor;
 /// by it would turn every gradient, and with the next step every parameter,
 /// into NaN. Without any gradient the norm is 0.
 ///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+/// # let parameters = model.trainable_parameters();
+/// # model.forward(&Tensor::ones([4, 8], (Kind::Float, Device::Cpu)))?.sum(Kind::Float).f_backward()?;
+/// let norm = clip_grad_norm(&parameters, 1e-3)?; // between `backward` and `step`
+/// assert!(norm > 1e-3);
+/// assert!(clip_grad_norm(&parameters, 1.0)? < 1.1e-3);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
+///
 /// # Errors
 /// [`Error::Config`] unless `max_norm` is above 0, [`Error::NotFinite`] with
 /// the parameter whose gradient is to blame, and libtorch's.
@@ -48,6 +66,24 @@ pub fn clip_grad_norm(parameters: &[NamedParameter], max_norm: f64) -> Result<f6
 
 /// Brings each element of all gradients into `-clip_value..=clip_value`, the
 /// same as `torch.nn.utils.clip_grad_value_`. NaN stays NaN.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+/// # let parameters = model.trainable_parameters();
+/// # model.forward(&Tensor::ones([4, 8], (Kind::Float, Device::Cpu)))?.sum(Kind::Float).f_backward()?;
+/// clip_grad_value(&parameters, 0.01)?;
+/// let largest = parameters.iter().map(|p| f64::try_from(p.tensor.grad().abs().max()).unwrap());
+/// assert!(largest.fold(0.0, f64::max) <= 0.010001);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 ///
 /// # Errors
 /// [`Error::Config`] unless `clip_value` is above 0, and libtorch's.

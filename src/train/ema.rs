@@ -59,6 +59,19 @@ struct Position {
 }
 
 /// Settings of an [`Ema`], with diffusers' defaults.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// let mut ema = Ema::builder().decay(0.999).warmup(1.0, 0.75).build(model.trainable_parameters())?;
+/// ema.update()?;
+/// assert!(ema.decay() < 0.999); // it grows with the updates
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct EmaBuilder(Settings);
 
@@ -165,6 +178,26 @@ impl Ema {
 
     /// Puts the average into the parameters until the guard is dropped: to
     /// evaluate with it, or to save it as an adapter.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+    /// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+    /// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+    /// let mut ema = Ema::builder().decay(0.9).build(model.trainable_parameters())?;
+    /// // After each step of the optimizer:
+    /// ema.update()?;
+    /// // To save the average as an adapter:
+    /// let average = ema.swap_in()?;
+    /// model.save_pretrained(dir.path())?;
+    /// drop(average); // and the parameters are there again
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// libtorch's; then the parameters are as before.

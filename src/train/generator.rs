@@ -21,6 +21,18 @@ const KIND: &str = "generator";
 /// libtorch, on every machine and whatever the device of the result. Each
 /// value takes one number of a SplitMix64 stream, so the state is a count.
 /// Not for secrets.
+///
+/// ```
+/// use tch::Device;
+/// use tch_peft::Generator;
+///
+/// let mut generator = Generator::new(7);
+/// let noise = generator.normal(&[2, 4], Device::Cpu)?;
+/// let timesteps = generator.integers(0, 1000, &[2], Device::Cpu)?;
+/// assert_eq!((noise.size(), timesteps.size(), generator.drawn()), (vec![2, 4], vec![2], 10));
+/// # assert!(Generator::new(7).normal(&[2, 4], Device::Cpu)?.equal(&noise));
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Generator {
     seed: u64,

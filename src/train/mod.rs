@@ -47,6 +47,29 @@ use std::collections::BTreeMap;
 use tch::Tensor;
 
 /// A gradient-descent method whose whole state can be saved.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+/// let mut optimizers: Vec<Box<dyn Optimizer>> = vec![
+///     Box::new(AdamW::builder().lr(1e-4).build(model.trainable_parameters())?),
+///     Box::new(Lion::builder().lr(1e-5).build(model.trainable_parameters())?),
+/// ];
+/// for optimizer in &mut optimizers {
+///     optimizer.set_learning_rate_factor(0.5); // what a run does, by its schedule
+///     optimizer.step()?;
+///     optimizer.zero_grad()?;
+/// }
+/// assert_eq!(optimizers[0].learning_rate(), 5e-5);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub trait Optimizer {
     /// Updates the parameters from their gradients. Parameters without a
     /// gradient stay as they are, and so do their moments.
@@ -100,6 +123,21 @@ pub trait Optimizer {
 }
 
 /// The state of an [`Optimizer`], keyed by parameter name.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// let state = optimizer.export_state()?; // what a run saves and brings back by itself
+/// assert_eq!(state.kind, "adamw");
+/// assert!(state.tensors.contains_key("base_model.model.proj.lora_A.weight.exp_avg"));
+/// optimizer.import_state(state)?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct OptimizerState {
     /// Which optimizer: `adamw`, `adamw_8bit`, `sgd`, `lion`, `adafactor`.

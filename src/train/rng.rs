@@ -11,6 +11,18 @@ use tch::Device;
 /// them: what dropout, initialisation and `randn` draw from.
 ///
 /// Serialises to an object of device names (`cpu`, `cuda:0`) and hex text.
+///
+/// ```
+/// use tch::{Device, Kind, Tensor};
+/// use tch_peft::RngState;
+///
+/// let draw = || Tensor::rand([3], (Kind::Float, Device::Cpu));
+/// let state = RngState::capture(&[])?; // of the CPU's generator; devices besides it are listed
+/// let first = draw();
+/// state.restore()?;
+/// assert!(draw().equal(&first));
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "BTreeMap<String, String>", try_from = "BTreeMap<String, String>")]
 pub struct RngState {

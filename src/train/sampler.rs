@@ -19,6 +19,18 @@ use serde_json::json;
 /// A batch counts as used once [`Sampler::next_batch`] has handed it out; a
 /// program that fetches batches ahead of the step that uses them must not save
 /// in between.
+///
+/// ```
+/// use tch_peft::Sampler;
+///
+/// let mut sampler = Sampler::new(5, 2, 42)?; // five examples, in batches of two
+/// let mut epoch: Vec<usize> = (0..3).flat_map(|_| sampler.next_batch()).collect();
+/// epoch.sort();
+/// assert_eq!((epoch, sampler.epoch(), sampler.samples()), (vec![0, 1, 2, 3, 4], 0, 5));
+/// sampler.next_batch();
+/// assert_eq!(sampler.epoch(), 1);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Sampler {
     state: SamplerState,
@@ -29,6 +41,15 @@ pub struct Sampler {
 }
 
 /// The settings and the position of a [`Sampler`].
+///
+/// ```
+/// use tch_peft::Sampler;
+///
+/// let mut sampler = Sampler::new(100, 10, 42)?;
+/// sampler.next_batch();
+/// assert_eq!((sampler.state().epoch, sampler.state().index), (0, 10));
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SamplerState {
@@ -75,6 +96,17 @@ impl Sampler {
     /// the `rank`-th `batch_size`. What is left over at the end of an epoch is
     /// divided evenly, so that some may get one example less than others, or an
     /// empty batch; [`Sampler::drop_last`] leaves it out.
+    ///
+    /// ```
+    /// use tch_peft::Sampler;
+    ///
+    /// let mut first = Sampler::new(8, 2, 42)?.shard(0, 2)?; // in the first of two processes
+    /// let mut second = Sampler::new(8, 2, 42)?.shard(1, 2)?;
+    /// let mut all: Vec<usize> = (0..2).flat_map(|_| [first.next_batch(), second.next_batch()].concat()).collect();
+    /// all.sort();
+    /// assert_eq!(all, [0, 1, 2, 3, 4, 5, 6, 7]);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Config`] unless `rank` is below `world` and there are examples
@@ -156,6 +188,18 @@ impl Sampler {
     }
 
     /// Moves to a saved position. On an error nothing has changed.
+    ///
+    /// ```
+    /// use tch_peft::Sampler;
+    ///
+    /// let mut sampler = Sampler::new(100, 10, 42)?;
+    /// sampler.next_batch();
+    /// let state = sampler.state().clone(); // a run does this by itself
+    /// let next = sampler.next_batch();
+    /// sampler.set_state(&state)?;
+    /// assert_eq!(sampler.next_batch(), next);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     ///
     /// # Errors
     /// Those of [`Sampler::check_state`].

@@ -10,6 +10,19 @@ use std::f64::consts::PI;
 /// functions (the cosine with half a cycle), and of
 /// `torch.optim.lr_scheduler.OneCycleLR`. As there, a total below the warm-up
 /// is not an error, and the cosine rises again after `total` steps.
+///
+/// ```
+/// use tch_peft::Schedule;
+///
+/// let schedule = Schedule::cosine(100, 1000); // 100 steps up, 900 down
+/// assert_eq!((schedule.factor(50), schedule.factor(100), schedule.factor(1000)), (0.5, 1.0, 0.0));
+///
+/// // Any other numbers, field by field; `check` finds what is out of range.
+/// let schedule = Schedule::Polynomial { warmup: 0, total: 10, end: 0.5, power: 1.0 };
+/// schedule.check()?;
+/// assert_eq!(schedule.factor(5), 0.75);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
@@ -138,6 +151,16 @@ impl Schedule {
     /// defaults: half a cosine from 1/25 up to 1 in 0.3 of the steps, and half
     /// a cosine down to 1/250,000. The optimizer's learning rate is torch's
     /// `max_lr`; momentum isn't cycled.
+    ///
+    /// ```
+    /// use tch_peft::{Anneal, Schedule};
+    ///
+    /// let schedule = Schedule::one_cycle(1000);
+    /// assert!(schedule.factor(0) < 0.05 && schedule.factor(299) == 1.0 && schedule.factor(999) < 1e-5);
+    /// // Other shapes: the same enum, field by field.
+    /// let Schedule::OneCycle { anneal, .. } = schedule else { panic!("another schedule") };
+    /// assert_eq!(anneal, Anneal::Cos);
+    /// ```
     pub fn one_cycle(total: u64) -> Self {
         Schedule::OneCycle {
             total,

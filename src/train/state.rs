@@ -12,6 +12,41 @@ use tch::Tensor;
 /// an EMA, a loss scaler, accumulated gradients, a random generator, …
 ///
 /// The optimizer has a trait of its own, [`Optimizer`](super::Optimizer).
+///
+/// ```
+/// use serde_json::json;
+/// use tch_peft::{Result, State, Stateful};
+///
+/// /// How many examples were too long.
+/// struct Skipped(u64);
+///
+/// impl Stateful for Skipped {
+///     fn export_state(&self) -> Result<State> {
+///         let (settings, values) = (json!(null), json!(self.0));
+///         Ok(State { kind: "skipped".into(), settings, values, tensors: Default::default() })
+///     }
+///
+///     fn check_state(&self, state: &State) -> Result<()> {
+///         let found = format!("{} of kind {}", state.values, state.kind);
+///         let right = state.kind == "skipped" && state.values.is_u64();
+///         let wrong = tch_peft::Error::Mismatch { name: "skipped".into(), expected: "a count".into(), found };
+///         if right { Ok(()) } else { Err(wrong) }
+///     }
+///
+///     fn import_state(&mut self, state: State) -> Result<()> {
+///         self.check_state(&state)?;
+///         self.0 = state.values.as_u64().unwrap_or_default();
+///         Ok(())
+///     }
+/// }
+/// # let mut skipped = Skipped(3);
+/// # let state = skipped.export_state()?;
+/// # skipped.0 = 5;
+/// # skipped.import_state(state)?;
+/// # assert_eq!(skipped.0, 3);
+/// // A plain value that serde knows needs none of this: `OwnState::new("skipped", 0u64)`.
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub trait Stateful {
     /// A copy of the state, which later steps don't change.
     ///

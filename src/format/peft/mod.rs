@@ -125,6 +125,17 @@ impl AdapterConfig {
     /// Fields that this version can't act on are kept;
     /// [`LoraModel`](crate::LoraModel) refuses an adapter that needs them.
     ///
+    /// ```
+    /// use tch_peft::{AdapterConfig, LoraConfig};
+    ///
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// let config = LoraConfig::builder().r(4).target_modules(["q_proj"]).build()?;
+    /// config.save_pretrained(dir.path())?;
+    /// let read = AdapterConfig::from_pretrained(dir.path())?;
+    /// assert!(read.differences(&config.into()).is_empty());
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Io`], [`Error::Corrupt`] for a field of another type,
     /// [`Error::Config`] for one out of range, [`Error::Unsupported`] for

@@ -7,6 +7,16 @@ use serde_json::{Map, Value};
 use tch::Kind;
 
 /// The configuration of an adapter, whatever its kind.
+///
+/// ```
+/// use tch_peft::{AdapterConfig, LokrConfig, LoraConfig};
+///
+/// let lora: AdapterConfig = LoraConfig::builder().r(4).target_modules(["to_q"]).build()?.into();
+/// let lokr: AdapterConfig = LokrConfig::builder().r(4).target_modules(["to_q"]).build()?.into();
+/// assert_eq!((lora.peft_type(), lokr.peft_type()), ("LORA", "LOKR"));
+/// assert!(lora.as_lora().is_some() && lokr.as_lora().is_none());
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum AdapterConfig {

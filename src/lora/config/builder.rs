@@ -23,6 +23,15 @@ macro_rules! shared_setters {
         /// Adapts in these layers only: the first number in a module's path, after
         /// at least one other segment. Entries of the target that are whole paths
         /// count in any layer. For a target that is a list.
+        ///
+        /// ```
+        /// use tch_peft::LoraConfig;
+        ///
+        /// let config = LoraConfig::builder().target_modules(["q_proj"]).layers_to_transform([0, 2]).build()?;
+        /// let paths = ["model.h.0.q_proj", "model.h.1.q_proj", "model.h.2.q_proj"];
+        /// assert_eq!(config.matched(paths)?, ["model.h.0.q_proj", "model.h.2.q_proj"]);
+        /// # Ok::<(), tch_peft::Error>(())
+        /// ```
         pub fn layers_to_transform(self, layers: impl Into<OneOrMany<i64>>) -> Self {
             self.with(|c| c.layers_to_transform = Some(layers.into()))
         }
@@ -34,6 +43,23 @@ macro_rules! shared_setters {
         }
 
         /// Ranks of some of the layers, see [`LayerPattern`].
+        ///
+        /// ```
+        /// use tch_peft::LoraConfig;
+        ///
+        /// let config = LoraConfig::builder()
+        ///     .r(8)
+        ///     .target_modules(["q_proj", "v_proj"])
+        ///     .rank_pattern([("v_proj", 4), (r"layers\.0\.q_proj", 2)])
+        ///     .build()?;
+        /// let ranks: Vec<i64> = config
+        ///     .layer_settings(["layers.0.q_proj", "layers.1.q_proj", "layers.1.v_proj"])
+        ///     .iter()
+        ///     .map(|settings| settings.r)
+        ///     .collect();
+        /// assert_eq!(ranks, [2, 8, 4]);
+        /// # Ok::<(), tch_peft::Error>(())
+        /// ```
         pub fn rank_pattern<S: Into<String>>(self, ranks: impl IntoIterator<Item = (S, i64)>) -> Self {
             self.with(|c| c.rank_pattern = LayerPattern::new(ranks))
         }
@@ -64,6 +90,24 @@ macro_rules! shared_setters {
 pub(in crate::lora) use shared_setters;
 
 /// Makes a [`LoraConfig`].
+///
+/// ```
+/// use tch_peft::{Bias, InitLoraWeights, LoraConfig};
+///
+/// let config = LoraConfig::builder()
+///     .r(16)
+///     .lora_alpha(32.0)
+///     .lora_dropout(0.05)
+///     .target_modules(["q_proj", "v_proj"])
+///     .exclude_modules(r"layers\.0\..*")
+///     .modules_to_save(["lm_head"])
+///     .bias(Bias::LoraOnly)
+///     .use_dora(true)
+///     .init_lora_weights(InitLoraWeights::Gaussian)
+///     .build()?;
+/// assert!(LoraConfig::builder().r(0).target_modules(["q_proj"]).build().is_err());
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Default)]
 #[must_use = "call build()"]
 pub struct LoraConfigBuilder {
@@ -151,6 +195,19 @@ impl LoraConfigBuilder {
 
     /// Pools inputs over groups of features (QALoRA, arXiv:2309.14717), on
     /// linear layers that are quantised in groups.
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// use tch_peft::{Base, LoraConfig, LoraModel, QuantConfig};
+    ///
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 128, 64, Default::default());
+    /// let base = Base::new(vs, net).quantize(&QuantConfig::int4().group_size(32).build()?)?;
+    /// let config = LoraConfig::builder().r(4).target_modules(["proj"]).use_qalora(true).qalora_group_size(32).build()?;
+    /// let model = LoraModel::wrap(base, config)?;
+    /// assert_eq!(model.parameters()[0].tensor.size(), [4, 128 / 32]); // A sees a value for each group
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn use_qalora(self, on: bool) -> Self {
         self.part("use_qalora", json!(on))
     }
@@ -166,6 +223,15 @@ impl LoraConfigBuilder {
 
     /// Rows of embeddings that are trained as they are: of the input
     /// embedding, or of each module named.
+    ///
+    /// ```
+    /// use tch_peft::LoraConfig;
+    ///
+    /// // Rows of the input embedding, or of the modules named.
+    /// let config = LoraConfig::builder().target_modules(["q_proj"]).trainable_token_indices([32000, 32001]).build()?;
+    /// let named = LoraConfig::builder().target_modules(["q_proj"]).trainable_token_indices([("wte", [7, 8])]).build()?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn trainable_token_indices(self, rows: impl Into<TokenIndices>) -> Self {
         self.with(|c| c.trainable_token_indices = Some(rows.into()))
     }
@@ -173,12 +239,38 @@ impl LoraConfigBuilder {
     /// Parameters that are adapted by their own names, whole or the last
     /// segments: matrices (out, in), and stacks (experts, out, in) with the rank
     /// r for each expert, see [`WeightRole::Experts`](crate::WeightRole::Experts).
+    ///
+    /// ```
+    /// use tch::{Device, Kind, Tensor, nn};
+    /// use tch_peft::{Base, LoraConfig, LoraModel};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let stack = vs.root().sub("experts").randn("down_proj", &[4, 8, 16], 0.0, 0.1); // four matrices (8, 16)
+    /// let config = LoraConfig::builder().r(2).target_parameters(["experts.down_proj"]).build()?;
+    /// let model = LoraModel::wrap(Base::from(vs), config)?;
+    /// let y = Tensor::ones([3, 16], (Kind::Float, Device::Cpu)).matmul(&stack.get(1).tr()); // adapted
+    /// assert_eq!(model.parameters()[0].tensor.size(), [4 * 2, 16]);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn target_parameters<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
         self.with(|c| c.target_parameters = Some(names.into_iter().map(Into::into).collect()))
     }
 
     /// Keeps what is trained of a tied weight tied: the adapter (or copy) of an
     /// embedding takes part in the output layer that shares its table too.
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// use tch_peft::{Base, LoraConfig, LoraModel};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let table = vs.root().sub("embed_tokens").randn("weight", &[10, 4], 0.0, 1.0);
+    /// let head = vs.root().sub("lm_head").add("weight", table, true); // the same tensor
+    /// let config = LoraConfig::builder().r(2).target_modules(["embed_tokens", "lm_head"]).ensure_weight_tying(true);
+    /// let model = LoraModel::wrap(Base::from(vs), config.build()?)?;
+    /// assert_eq!(model.parameters().len(), 2); // one A and one B for both
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn ensure_weight_tying(self, on: bool) -> Self {
         self.with(|c| c.ensure_weight_tying = on)
     }
@@ -193,6 +285,15 @@ impl LoraConfigBuilder {
     /// a base of bf16 or f16, as in PEFT; f64 on a base of f64. The products
     /// run in the dtype of the model's activations, whatever this is. A file
     /// keeps the dtype that the tensors have.
+    ///
+    /// ```
+    /// use tch::Kind;
+    /// use tch_peft::LoraConfig;
+    ///
+    /// let config = LoraConfig::builder().target_modules(["q_proj"]).dtype(Kind::BFloat16).build()?;
+    /// assert_eq!(config.dtype(), Some(Kind::BFloat16));
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn dtype(self, kind: Kind) -> Self {
         self.with(|c| c.dtype = Some(kind))
     }

@@ -10,6 +10,18 @@ use serde_json::{Value, json};
 ///
 /// PEFT's `loftq_bits` of 4 means nf4, and of 8 int8. Another scheme stands
 /// beside the bits, in a field `scheme` that PEFT doesn't read.
+///
+/// ```
+/// use tch_peft::{InitLoraWeights, LoftqConfig, LoraConfig, Scheme};
+///
+/// let config = LoraConfig::builder()
+///     .r(16)
+///     .target_modules(["q_proj"])
+///     .init_lora_weights(InitLoraWeights::Loftq)
+///     .loftq_config(LoftqConfig { scheme: Scheme::INT4, loftq_iter: 5 })
+///     .build()?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoftqConfig {
     /// What the weight becomes: any scheme that weights can be quantised to.

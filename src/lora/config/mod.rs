@@ -143,6 +143,15 @@ impl Default for LoraConfig {
 }
 
 /// Rank and scale of one layer.
+///
+/// ```
+/// use tch_peft::LoraConfig;
+///
+/// let config = LoraConfig::builder().r(8).lora_alpha(16.0).target_modules(["q", "v"]).alpha_pattern([("v", 4.0)]).build()?;
+/// let [q, v] = &config.layer_settings(["h.0.q", "h.0.v"])[..] else { panic!("two") };
+/// assert_eq!((q.scaling, v.scaling), (2.0, 0.5));
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerSettings {
     /// Rank: that of `rank_pattern`, else `r`.
@@ -290,6 +299,15 @@ impl LoraConfig {
 
     /// The factor s of ΔW = s · B · A: alpha/r (LoRA, arXiv:2106.09685), or
     /// alpha/√r with rsLoRA (arXiv:2312.03732).
+    ///
+    /// ```
+    /// use tch_peft::LoraConfig;
+    ///
+    /// let config = LoraConfig::builder().r(16).lora_alpha(32.0).target_modules(["q_proj"]);
+    /// assert_eq!(config.clone().build()?.scaling(), 2.0);
+    /// assert_eq!(config.use_rslora(true).build()?.scaling(), 8.0);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn scaling(&self) -> f64 {
         self.scaling_of(self.r, self.lora_alpha)
     }
@@ -316,6 +334,14 @@ impl LoraConfig {
     ///
     /// `all-linear` means every path given but the output layer's.
     ///
+    /// ```
+    /// use tch_peft::LoraConfig;
+    ///
+    /// let config = LoraConfig::builder().target_modules("all-linear").build()?;
+    /// assert_eq!(config.matched(["h.0.up", "h.0.down", "lm_head"])?, ["h.0.up", "h.0.down"]);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) for a regular expression that
     /// can't be compiled.
@@ -337,6 +363,14 @@ impl LoraConfig {
 
     /// `field: recorded …, given …` for each field that changes training and
     /// differs in `given`. Targets are compared as sets.
+    ///
+    /// ```
+    /// use tch_peft::LoraConfig;
+    ///
+    /// let config = |r| LoraConfig::builder().r(r).target_modules(["q_proj"]).build();
+    /// assert_eq!(config(8)?.differences(&config(16)?), ["r: recorded 8, given 16"]);
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn differences(&self, given: &LoraConfig) -> Vec<String> {
         any::differences(self.trained_by(), given.trained_by())
     }

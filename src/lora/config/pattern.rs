@@ -13,6 +13,14 @@ use regex::Regex;
 /// is the first. An adapter's patterns are therefore put in that order when it
 /// is made, and where the order matters they are replaced by one, `^path`, for
 /// each layer.
+///
+/// ```
+/// use tch_peft::LoraConfig;
+///
+/// let config = LoraConfig::builder().target_modules(["q_proj"]).rank_pattern([("q_proj", 4)]).build()?;
+/// assert_eq!(config.rank_pattern().entries().collect::<Vec<_>>(), [("q_proj", 4)]);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerPattern<T>(Vec<(String, T)>);
 

@@ -5,6 +5,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 /// Which modules are meant: those adapted, or those left out.
+///
+/// ```
+/// use tch_peft::TargetModules;
+///
+/// assert_eq!(TargetModules::from(["q_proj", "v_proj"]), TargetModules::List(vec!["q_proj".into(), "v_proj".into()]));
+/// assert_eq!(TargetModules::from(r".*\.q_proj"), TargetModules::Regex(r".*\.q_proj".into()));
+/// assert_eq!(TargetModules::from("all-linear"), TargetModules::AllLinear);
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TargetModules {
     /// Whole module paths or their last segments: `q_proj` matches every
@@ -50,6 +58,13 @@ impl fmt::Display for TargetModules {
 }
 
 /// How A and B start. B is zero unless said, so that the model starts as it was.
+///
+/// ```
+/// use tch_peft::InitLoraWeights;
+///
+/// assert_eq!(InitLoraWeights::from(true), InitLoraWeights::Default);
+/// assert_eq!(InitLoraWeights::from(false), InitLoraWeights::Random);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InitLoraWeights {
@@ -128,6 +143,13 @@ impl InitLoraWeights {
 }
 
 /// Which biases of the base are trained and saved with the adapter.
+///
+/// ```
+/// use tch_peft::{Bias, LoraConfig};
+///
+/// let config = LoraConfig::builder().target_modules(["q_proj"]).bias(Bias::LoraOnly).build()?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Bias {
@@ -141,6 +163,13 @@ pub enum Bias {
 }
 
 /// One value or a list, told apart because PEFT's files do.
+///
+/// ```
+/// use tch_peft::OneOrMany;
+///
+/// let (one, many): (OneOrMany<i64>, OneOrMany<i64>) = (3.into(), [3, 5].into());
+/// assert_eq!((one.as_slice(), many.as_slice()), (&[3][..], &[3, 5][..]));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum OneOrMany<T> {
@@ -191,6 +220,14 @@ impl<T> From<Vec<T>> for OneOrMany<T> {
 }
 
 /// Rows of embeddings that are trained as they are, beside the adapters.
+///
+/// ```
+/// use tch_peft::TokenIndices;
+///
+/// assert_eq!(TokenIndices::from([100, 101]), TokenIndices::Input(vec![100, 101]));
+/// let modules = TokenIndices::from([("wte", [100, 101])]);
+/// assert!(matches!(modules, TokenIndices::Modules(rows) if rows["wte"] == [100, 101]));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum TokenIndices {

@@ -12,6 +12,21 @@ pub type LohaConfigBuilder = LycorisConfigBuilder<Loha>;
 pub type LokrConfigBuilder = LycorisConfigBuilder<Lokr>;
 
 /// Makes a [`LycorisConfig`].
+///
+/// ```
+/// use tch_peft::{LohaConfig, LokrConfig, LokrInit};
+///
+/// let loha = LohaConfig::builder().r(8).alpha(4.0).rank_dropout(0.1).target_modules(["to_q", "conv1"]).build()?;
+/// let lokr = LokrConfig::builder()
+///     .r(8)
+///     .decompose_both(true)
+///     .decompose_factor(16)
+///     .init_weights(LokrInit::Lycoris)
+///     .target_modules(["to_q"])
+///     .build()?;
+/// assert_eq!(loha.scaling(), 0.5);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 #[must_use = "call build()"]
 pub struct LycorisConfigBuilder<M> {

@@ -23,6 +23,24 @@ use tch::{Kind, Tensor};
 /// `exp_avg_sq_col`, without the last and the last but one dimension, or
 /// `exp_avg_sq` for parameters of one dimension; `exp_avg` if `beta1` is set.
 /// All are f32 (f64 for f64).
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+/// let optimizer = Adafactor::builder()
+///     .lr(1e-4)
+///     .relative_step(false)
+///     .scale_parameter(false)
+///     .build(model.trainable_parameters())?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub type Adafactor = GroupedOptimizer<AdafactorRule>;
 
 /// The update of [`Adafactor`].

@@ -14,6 +14,27 @@ use tch::{Kind, Tensor};
 ///
 /// State of each parameter: `exp_avg` and `exp_avg_sq` with the parameter's
 /// shape and dtype, and `step`, an f32 scalar.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+/// let mut optimizer = AdamW::builder()
+///     .lr(2e-4)
+///     .betas(0.9, 0.95)
+///     .weight_decay(0.0)
+///     .build(model.trainable_parameters())?;
+/// model.forward(&Tensor::ones([4, 8], (Kind::Float, Device::Cpu)))?.sum(Kind::Float).f_backward()?;
+/// optimizer.step()?;
+/// optimizer.zero_grad()?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub type AdamW = GroupedOptimizer<AdamWRule>;
 
 /// Settings of an [`AdamW`], with torch's defaults.

@@ -24,6 +24,20 @@ use tch::{Device, Kind, Tensor};
 ///
 /// State of each parameter: `step`, an i64 scalar; `exp_avg` and `exp_avg_sq`
 /// with its shape, u8 or f32; for u8, `exp_avg_absmax` and `exp_avg_sq_absmax`.
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+/// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+/// let optimizer = AdamW8bit::builder().lr(2e-4).min_8bit_size(4096).build(model.trainable_parameters())?;
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub type AdamW8bit = GroupedOptimizer<AdamW8bitRule>;
 
 /// The update of [`AdamW8bit`].

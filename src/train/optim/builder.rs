@@ -8,6 +8,18 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 /// Settings of a [`GroupedOptimizer`].
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor, nn};
+/// # use tch_peft::*;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+/// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+/// # let model = LoraModel::wrap(Base::new(vs, net), config)?;
+/// let optimizer = Sgd::builder().lr(0.1).momentum(0.9).weight_decay(1e-4).build(model.trainable_parameters())?;
+/// assert_eq!(optimizer.learning_rate(), 0.1);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 pub struct OptimizerBuilder<R> {
     pub(super) rule: R,
     default: ParameterGroup,
@@ -56,6 +68,23 @@ impl<R: UpdateRule> OptimizerBuilder<R> {
 
     /// Another learning rate and weight decay for the parameters whose names
     /// `predicate` accepts. The first group that accepts a name has it.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+    /// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+    /// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+    /// let optimizer = AdamW::builder()
+    ///     .lr(1e-4)
+    ///     .group(|name| name.ends_with("lora_B.weight"), 1e-3, 0.0)
+    ///     .build(model.trainable_parameters())?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn group(mut self, predicate: impl Fn(&str) -> bool + 'static, lr: f64, weight_decay: f64) -> Self {
         let group = Rates::Own(ParameterGroup { lr, weight_decay });
         self.groups.push((Box::new(move |parameter| predicate(&parameter.name)), group));
@@ -68,6 +97,20 @@ impl<R: UpdateRule> OptimizerBuilder<R> {
     /// As in PEFT's `create_loraplus_optimizer`, parameters of one dimension,
     /// such as biases, belong to B. Adapters of embeddings are not treated
     /// apart: give them a group of their own before this call to do so.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor, nn};
+    /// # use tch_peft::*;
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root() / "proj", 8, 8, Default::default());
+    /// # let config = LoraConfig::builder().r(2).target_modules(["proj"]).build()?;
+    /// # let mut model = LoraModel::wrap(Base::new(vs, net), config)?;
+    /// # let mut optimizer = AdamW::builder().build(model.trainable_parameters())?;
+    /// # let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(100, 10, 0)?);
+    /// let optimizer = AdamW::builder().lr(1e-4).lora_plus(16.0).build(model.trainable_parameters())?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
     pub fn lora_plus(mut self, ratio: f64) -> Self {
         let is_b = |parameter: &NamedParameter| {
             let mut parts = parameter.name.split('.');

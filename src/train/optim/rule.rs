@@ -7,6 +7,43 @@ use tch::{Device, Kind, Tensor};
 
 /// How a gradient changes a parameter and its state. Groups, schedules, names
 /// and saving are those of [`GroupedOptimizer`](super::GroupedOptimizer).
+///
+/// ```
+/// use serde_json::{Map, Value};
+/// use tch::Tensor;
+/// use tch_peft::{GroupedOptimizer, NamedParameter, OptimizerBuilder, ParameterGroup, Result, Update, UpdateRule};
+///
+/// /// Steps of the gradient's sign, which need no state.
+/// #[derive(Debug)]
+/// struct SignSgd;
+///
+/// impl UpdateRule for SignSgd {
+///     const KIND: &'static str = "sign_sgd";
+///
+///     fn settings(&self) -> Map<String, Value> {
+///         Map::new()
+///     }
+///
+///     fn check(&self, _groups: &[ParameterGroup]) -> Result<()> {
+///         Ok(())
+///     }
+///
+///     fn init(&self, _parameter: &NamedParameter) -> Result<Vec<(&'static str, Tensor)>> {
+///         Ok(Vec::new())
+///     }
+///
+///     fn update(&self, batch: &mut [Update<'_>], group: ParameterGroup) -> Result<()> {
+///         for Update { param, grad, .. } in batch {
+///             let _ = param.f_sub_(&grad.f_sign()?.f_mul_scalar(group.lr)?)?;
+///         }
+///         Ok(())
+///     }
+/// }
+///
+/// fn build(parameters: Vec<NamedParameter>) -> Result<GroupedOptimizer<SignSgd>> {
+///     OptimizerBuilder::new(SignSgd, 1e-3, 0.0).build(parameters)
+/// }
+/// ```
 pub trait UpdateRule {
     /// The name under which states are saved, such as `adamw`.
     const KIND: &'static str;

@@ -10,6 +10,17 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 /// PEFT's `corda_config`. Its other fields concern files, which stay as they are.
+///
+/// ```
+/// use tch_peft::{CordaConfig, CordaMethod, InitLoraWeights, LoraConfig};
+///
+/// let config = LoraConfig::builder()
+///     .target_modules(["q_proj"])
+///     .init_lora_weights(InitLoraWeights::Corda)
+///     .corda_config(CordaConfig { corda_method: CordaMethod::Kpm })
+///     .build()?; // for `LoraModel::wrap_with_data`
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CordaConfig {

@@ -10,6 +10,17 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 /// PEFT's `eva_config`.
+///
+/// ```
+/// use tch_peft::{EvaConfig, InitLoraWeights, LoraConfig};
+///
+/// let config = LoraConfig::builder()
+///     .target_modules(["q_proj"])
+///     .init_lora_weights(InitLoraWeights::Eva)
+///     .eva_config(EvaConfig { rho: 1.0, ..EvaConfig::default() }) // all ranks as asked for
+///     .build()?; // for `LoraModel::wrap_with_data`
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EvaConfig {

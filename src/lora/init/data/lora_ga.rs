@@ -8,6 +8,17 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 /// PEFT's `lora_ga_config`.
+///
+/// ```
+/// use tch_peft::{InitLoraWeights, LoraConfig, LoraGaConfig, LoraGaScale};
+///
+/// let config = LoraConfig::builder()
+///     .target_modules(["q_proj"])
+///     .init_lora_weights(InitLoraWeights::LoraGa)
+///     .lora_ga_config(LoraGaConfig { scale: LoraGaScale::GdScale, ..LoraGaConfig::default() })
+///     .build()?; // for `LoraModel::wrap_with_data`
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LoraGaConfig {

@@ -1,0 +1,27 @@
+//! Figures to files: `--csv FILE` after the dashes of `cargo bench`.
+
+use std::path::{Path, PathBuf};
+
+/// The file that the command line asks for.
+pub fn csv_file() -> Option<PathBuf> {
+    let mut args = std::env::args_os();
+    args.find(|arg| arg == "--csv")?;
+    args.next().map(PathBuf::from)
+}
+
+/// Writes the lines below one that tells what was measured, and where, and one with the columns' names.
+pub fn write_csv(file: &Path, what: &str, columns: &str, lines: &[String]) -> std::io::Result<()> {
+    let threads = tch::get_num_threads();
+    let text = format!("# {what}. {}, {threads} threads.\n{columns}\n{}\n", processor(), lines.join("\n"));
+    std::fs::write(file, text)?;
+    println!("\n{}", file.display());
+    Ok(())
+}
+
+/// The processor's name, as Linux has it.
+fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("model name"));
+    let name = line.and_then(|line| line.split_once(": ")).map_or(std::env::consts::ARCH, |(_, name)| name);
+    name.trim().replace(',', "")
+}
