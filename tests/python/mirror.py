@@ -88,3 +88,12 @@ def logits_of(output):
 
 def snapshot(prefix: str, tensors) -> dict[str, torch.Tensor]:
     return {f"{prefix}{name}": t.detach().clone().contiguous() for name, t in tensors.items()}
+
+
+def compare(name: str, found, expected, plain) -> None:
+    """Outputs are those expected, and not those without the adapter."""
+    error = ((found - expected).norm() / expected.norm()).item()
+    effect = ((expected - plain).norm() / expected.norm()).item()
+    assert error <= 1e-5, f"{name}: output differs by {error:.1e} (effect {effect:.2f})"
+    assert effect > 1e-2, f"{name}: the adapter changes the output by {effect:.1e} only"
+    print(f"{name}: outputs differ by {error:.1e} (effect {effect:.2f})")
