@@ -30,8 +30,8 @@ impl Server {
     pub fn start(settings: &Settings) -> Result<Self> {
         let vocabulary = Config::read(&settings.model)?.vocab_size;
         let shared = Arc::new(Shared::new(Queue::new(settings.queue), Text::read(&settings.model)?));
-        // The model is loaded in the thread that runs it: libtorch would keep
-        // worker threads for each of two, and let them sleep between operators.
+        // The model is loaded in the thread that runs it, since libtorch keeps worker
+        // threads for each thread that it computes in.
         let (send, loaded) = mpsc::channel();
         let of_engine = (settings.clone(), Arc::clone(&shared));
         let engine = thread::Builder::new().name("model".into()).spawn(move || {
