@@ -11,12 +11,12 @@
 #![allow(missing_docs)]
 
 mod common;
+mod peer;
 
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use peer::{Failure, Peer};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor, nn};
 use tch_peft::{Base, Fp8Format, LoraConfig, LoraModel, QuantConfig};
@@ -35,39 +35,6 @@ const PEERS: [&str; 7] = [
 ];
 /// Layers in Python that can only be evaluated.
 const PACKED: [&str; 2] = ["bnb nf4 packed", "bnb int8 packed"];
-
-type Failure = Box<dyn std::error::Error>;
-
-struct Peer {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-}
-
-impl Peer {
-    fn start() -> Result<Self, Failure> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let python = std::env::var_os("TCH_PEFT_PYTHON").map_or(root.join("target/python/bin/python"), PathBuf::from);
-        let mut child = Command::new(&python)
-            .arg(root.join("benches/python/linear.py"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|e| format!("{}: {e}; run `cargo xtask setup --peers`", python.display()))?;
-        let (input, output) = (child.stdin.take().ok_or("no stdin")?, child.stdout.take().ok_or("no stdout")?);
-        Ok(Peer { child, input, output: BufReader::new(output) })
-    }
-
-    fn ask(&mut self, request: Value) -> Result<Value, Failure> {
-        writeln!(self.input, "{request}")?;
-        let mut line = String::new();
-        if self.output.read_line(&mut line)? == 0 {
-            return Err(format!("the peers died ({:?})", self.child.try_wait()?).into());
-        }
-        Ok(serde_json::from_str(&line)?)
-    }
-}
 
 /// One of ours: a linear layer with LoRA on a packed weight.
 struct Ours {
@@ -148,7 +115,7 @@ fn main() -> Result<(), Failure> {
     let sizes: &[(i64, i64)] = if quick { &[(2048, 2048)] } else { &[(2048, 2048), (4096, 4096), (11008, 4096)] };
     let rows: &[i64] = if quick { &[1, 256] } else { &[1, 16, 256, 1024] };
     let count = 7;
-    let mut peer = Peer::start()?;
+    let mut peer = Peer::start("linear.py")?;
     peer.ask(json!({"threads": tch::get_num_threads()}))?;
     let mut results = Vec::new();
     for &(out, inn) in sizes {

@@ -5,6 +5,10 @@
 //!     cargo run --example convert -- adapter sdxl.safetensors peft-folder --to peft --component unet --base model.pt
 //!     cargo run --example convert -- adapter simpletuner/checkpoint-500 comfyui.safetensors --to comfyui
 //!
+//! The adapters of several parts of a pipeline into one file:
+//!
+//!     cargo run --example convert -- join out.safetensors unet.safetensors text_encoder.safetensors
+//!
 //! A quantised model (bitsandbytes, optimum-quanto, GPTQ, AWQ, or this crate's) over the TorchScript module that it
 //! belongs to; or, with a scheme, a dense one:
 //!
@@ -20,8 +24,9 @@ use tch_peft::{AdapterFile, AdapterFormat, Base, QuantConfig, TorchScript};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-const USAGE: &str = "usage: convert adapter FROM TO --to peft|diffusers|diffusers-old|kohya|comfyui \
+const USAGE: &str = "usage: convert adapter FROM TO --to peft|diffusers|diffusers-old|kohya|comfyui|lycoris \
     [--component unet|transformer|text_encoder|…] [--base MODEL]\n       \
+    convert join TO FROM FROM…\n       \
     convert model [FROM] TO --module MODEL.pt [--scheme int8|int4|nf4|nf4-double|fp4|mxfp4]";
 
 fn main() -> Result<()> {
@@ -71,6 +76,7 @@ pub fn run(args: impl IntoIterator<Item = impl Into<std::ffi::OsString>>) -> Res
     let paths: Vec<&Path> = given.paths.iter().map(PathBuf::as_path).collect();
     match paths.as_slice() {
         [what, from, to] if what.as_os_str() == "adapter" => adapter(&given, from, to),
+        [what, to, from @ ..] if what.as_os_str() == "join" => join(to, from),
         [what, from, to] if what.as_os_str() == "model" => model(&given, Some(from), to),
         [what, to] if what.as_os_str() == "model" => model(&given, None, to),
         _ => Err(USAGE.into()),
@@ -84,6 +90,7 @@ fn adapter(given: &Args, from: &Path, to: &Path) -> Result<Vec<String>> {
         Some("diffusers-old") => AdapterFormat::DiffusersOld,
         Some("kohya") => AdapterFormat::Kohya,
         Some("comfyui") => AdapterFormat::ComfyUi,
+        Some("lycoris") => AdapterFormat::Lycoris,
         _ => return Err(USAGE.into()),
     };
     let (mut from, mut to) = (AdapterFile::new(from), AdapterFile::new(to));
@@ -100,6 +107,12 @@ fn adapter(given: &Args, from: &Path, to: &Path) -> Result<Vec<String>> {
     let weights = given.base.as_deref().map(weight_names).transpose()?.unwrap_or_default();
     from.convert(format, to.clone(), &weights)?;
     Ok(vec![format!("read    {found}"), format!("wrote   {}: {format}", to.path().display())])
+}
+
+fn join(to: &Path, from: &[&Path]) -> Result<Vec<String>> {
+    let files: Vec<AdapterFile> = from.iter().map(AdapterFile::new).collect();
+    AdapterFile::join(&files, to)?;
+    Ok(vec![format!("wrote   {}: {}", to.display(), AdapterFile::new(to).detect()?)])
 }
 
 /// The names of a model's weights: of a TorchScript module, a safetensors file, or all such files in a folder.

@@ -5,6 +5,7 @@
     python python/export.py --from path/to/sd3/transformer --out exported/sd3 --dtype bfloat16 \\
         --input "hidden_states=normal:batch,16,128,128" --input "encoder_hidden_states=normal:batch,length,4096" \\
         --input "pooled_projections=normal:batch,2048" --input "timestep=<1000:batch"
+    python python/export.py --from path/to/sd3/vae --out exported/vae --input "sample=normal:batch,3,1024,1024"
     python python/export.py --model gpt2-tiny --seed 7 --set n_layer=4 --out exported/gpt2
 
 `--from` takes a folder with `config.json` and weights, as `save_pretrained` writes it. `--model` takes one of the
@@ -18,6 +19,9 @@ tiny models below, with random weights. The folder that is written holds
 An input is `NAME=VALUES:SIZES`. VALUES is `normal`, `uniform` (in [0, 1)), `ones`, or `<N` for integers from 0
 to N - 1; floats are of the model's dtype. A size is a number, `batch` or `length`. The inputs' order is that in
 which the module takes them. For most models of `transformers`, `--from` knows them by itself.
+
+Of a VAE of diffusers, the encoder is exported: images (batch, 3, height, width) from -1 to 1 to latents as the
+transformer takes them, the distribution's mean, shifted and scaled as its configuration says.
 
 What makes an export fit for training:
 
@@ -120,6 +124,29 @@ def positional(module: nn.Module, names: list[str], output: str | None = None) -
     return module
 
 
+def encoder(module: nn.Module) -> nn.Module:
+    """A VAE of diffusers, with a forward pass from images to the latents that its transformer takes."""
+    kind, config = type(module), module.config
+    shift, scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+
+    def forward(self, sample):
+        (latents,) = self.encode(sample, return_dict=False)
+        # Of a variational one it is a distribution.
+        latents = latents if isinstance(latents, torch.Tensor) else latents.mode()
+        return (latents - shift) * scale
+
+    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    del module.decoder
+    return module
+
+
+def ready(module: nn.Module, takes: list[Input], output: str | None = None) -> nn.Module:
+    """A model of a library, for tracing."""
+    if type(module).__name__.startswith("Autoencoder"):
+        return encoder(module)
+    return positional(module, [one.name for one in takes], output)
+
+
 def library_class(name: str) -> type:
     """`transformers.LlamaForCausalLM` and the like."""
     library, _, kind = name.rpartition(".")
@@ -150,7 +177,7 @@ def from_folder(folder: Path, takes: list[Input], output: str | None, dtype: tor
         name = f"transformers.{config['architectures'][0]}"
         module = library_class(name).from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     takes = takes or usual_inputs(module, name)
-    return Export(positional(module, [one.name for one in takes], output), "trace", takes, {}, name.partition(".")[0])
+    return Export(ready(module, takes, output), "trace", takes, {}, name.partition(".")[0])
 
 
 def usual_inputs(module: nn.Module, name: str) -> list[Input]:
@@ -217,6 +244,65 @@ TINY: dict[str, tuple[str, dict, list[str]]] = {
             "timestep=<1000:batch",
         ],
     ),
+    "flux-tiny": (
+        "diffusers.FluxTransformer2DModel",
+        dict(patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16)
+        | dict(num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True)
+        | dict(axes_dims_rope=(4, 6, 6)),
+        [
+            "hidden_states=normal:batch,16,16",
+            "encoder_hidden_states=normal:batch,length,24",
+            "pooled_projections=normal:batch,20",
+            "timestep=uniform:batch",
+            "img_ids=ones:16,3",
+            "txt_ids=ones:length,3",
+            "guidance=ones:batch",
+        ],
+    ),
+    "sana-tiny": (
+        "diffusers.SanaTransformer2DModel",
+        dict(in_channels=4, out_channels=4, num_layers=2, sample_size=8, patch_size=1, caption_channels=24)
+        | dict(num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2)
+        | dict(cross_attention_head_dim=8, cross_attention_dim=16),
+        [
+            "hidden_states=normal:batch,4,8,8",
+            "encoder_hidden_states=normal:batch,length,24",
+            "timestep=<1000:batch",
+        ],
+    ),
+    "aura-flow-tiny": (
+        "diffusers.AuraFlowTransformer2DModel",
+        dict(sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1)
+        | dict(attention_head_dim=8, num_attention_heads=4, joint_attention_dim=24)
+        | dict(caption_projection_dim=32, pos_embed_max_size=64),
+        [
+            "hidden_states=normal:batch,4,8,8",
+            "encoder_hidden_states=normal:batch,length,24",
+            "timestep=uniform:batch",
+        ],
+    ),
+    "vae-tiny": (
+        "diffusers.AutoencoderKL",
+        dict(sample_size=16, block_out_channels=(8, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4)
+        | dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+        | dict(scaling_factor=1.5, shift_factor=0.06),
+        ["sample=normal:batch,3,16,16"],
+    ),
+    "dc-vae-tiny": (
+        "diffusers.AutoencoderDC",
+        dict(in_channels=3, latent_channels=4, attention_head_dim=2, scaling_factor=0.41407)
+        | {
+            f"{half}_{name}": value
+            for half in ("encoder", "decoder")
+            for name, value in [
+                ("block_types", ("ResBlock", "EfficientViTBlock")),
+                ("block_out_channels", (8, 8)),
+                ("layers_per_block", (1, 1)),
+                ("qkv_multiscales", ((), (5,))),
+            ]
+        },
+        ["sample=normal:batch,3,16,16"],
+    ),
 }
 
 
@@ -224,7 +310,7 @@ def tiny(name: str, settings: dict) -> Export:
     """One of `TINY`."""
     kind, defaults, specs = TINY[name]
     given, takes = defaults | settings, [Input.parse(spec) for spec in specs]
-    module = positional(random_model(kind, given), [one.name for one in takes])
+    module = ready(random_model(kind, given), takes)
     if vocabulary := getattr(module.config, "vocab_size", None):
         takes = [dataclasses.replace(one, values=f"<{vocabulary}") if "_ids" in one.name else one for one in takes]
     return Export(module, "trace", takes, given, kind.partition(".")[0])

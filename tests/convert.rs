@@ -102,6 +102,26 @@ fn an_adapter_goes_through_every_layout_and_back() {
         assert_same(key, &end[key], tensor);
     }
 
+    // Two parts of a pipeline in one file, and LyCORIS' names.
+    let other = at("other.safetensors");
+    convert(&[
+        "adapter",
+        text(&at("two.safetensors")),
+        text(&other),
+        "--to",
+        "diffusers",
+        "--component",
+        "text_encoder",
+    ])
+    .unwrap();
+    let told = convert(&["join", text(&at("joined.safetensors")), text(&at("one.safetensors")), text(&other)]).unwrap();
+    assert!(told[0].contains("components: text_encoder, transformer"), "{told:?}");
+    let lycoris = at("lycoris.safetensors");
+    convert(&["adapter", text(&at("two.safetensors")), text(&lycoris), "--to", "lycoris"]).unwrap();
+    assert!(read(&lycoris).contains_key("lycoris_blocks_0_to_q.lora_down.weight"));
+    let loaded = LoraModel::from_pretrained(load(&module), lycoris).unwrap();
+    assert_close("lycoris", &loaded.forward(&input()).unwrap(), &expected, 1e-6);
+
     // kohya's names need the base's.
     let error = convert(&["adapter", text(&at("three.safetensors")), text(&at("x")), "--to", "peft"]).unwrap_err();
     assert!(error.contains("the names of the base's weights"), "{error}");

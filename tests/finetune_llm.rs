@@ -7,21 +7,18 @@ mod common;
 #[path = "../examples/finetune_llm/main.rs"]
 mod example;
 
-use std::ffi::OsString;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
-use common::{assert_close, peer, read};
+use common::{assert_close, peer, program, read};
 use example::data::{Batch, Example, Reader};
-use example::events;
-use example::metrics::{Metrics, Row};
+use example::training::events;
+use example::training::metrics::Metrics;
 use serde_json::Value;
 use tch::{Device, Kind};
 use tch_peft::{LoraModel, QuantizeOptions};
 
 const STEPS: u64 = 400;
-const ARGUMENTS: &str = "FINETUNE_LLM_ARGUMENTS";
 
 /// The model and the texts of the peer, made once.
 fn files() -> Option<&'static Path> {
@@ -32,68 +29,28 @@ fn files() -> Option<&'static Path> {
 #[test]
 #[ignore = "the program itself, for the other tests"]
 fn program() {
-    let Some(arguments) = std::env::var_os(ARGUMENTS) else { return };
-    let arguments: Vec<OsString> = serde_json::from_str(arguments.to_str().unwrap())
-        .map(|list: Vec<String>| list.into_iter().map(OsString::from).collect())
-        .unwrap();
-    std::process::exit(example::run(arguments).into());
+    program::child(example::run);
 }
 
 /// A process of the program, writing into `out`.
 fn command(dir: &Path, out: &str, more: &[&str]) -> Command {
     let path = |name: &str| dir.join(name).to_str().unwrap().to_string();
-    let steps = STEPS.to_string();
     let mut arguments = vec!["--model".into(), path("model"), "--data".into(), path("data.jsonl")];
     arguments.extend(["--out".into(), path(out)]);
     let settings = "--device cpu --r 4 --batch 4 --length 20 --lr 5e-3 --every 30 --eval-every 50 --steps";
     arguments.extend(settings.split(' ').map(String::from));
-    arguments.push(steps);
+    arguments.push(STEPS.to_string());
     arguments.extend(more.iter().map(|argument| argument.to_string()));
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "program", "--ignored", "--nocapture"]);
-    command.env(ARGUMENTS, serde_json::to_string(&arguments).unwrap()).env("OMP_NUM_THREADS", "1");
-    command
-}
-
-/// Whole lines of the run's metrics, without the header.
-fn lines(dir: &Path, out: &str) -> usize {
-    let text = std::fs::read_to_string(dir.join(out).join("metrics.csv")).unwrap_or_default();
-    text.matches('\n').count().saturating_sub(1)
-}
-
-/// Runs the program, and interrupts it as Ctrl-C does once `steps` steps are
-/// done. Answers its exit code and the steps done.
-fn interrupted(dir: &Path, out: &str, steps: usize) -> (i32, usize) {
-    let mut child = command(dir, out, &[]).stdout(Stdio::null()).spawn().unwrap();
-    let patience = Instant::now() + Duration::from_secs(120);
-    while lines(dir, out) < steps {
-        assert!(child.try_wait().unwrap().is_none() && Instant::now() < patience, "the run ended early, or never ran");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    (child.wait().unwrap().code().unwrap(), lines(dir, out))
-}
-
-fn finished(dir: &Path, out: &str, more: &[&str]) -> String {
-    let output = command(dir, out, more).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
-    text
-}
-
-fn rows(dir: &Path, out: &str) -> Vec<Row> {
-    let copy = dir.join(format!("{out}.csv"));
-    std::fs::copy(dir.join(out).join("metrics.csv"), &copy).unwrap();
-    // Speed is the one thing that may differ.
-    Metrics::open(&copy, u64::MAX).unwrap().rows.into_iter().map(|row| Row { tokens_per_second: 0.0, ..row }).collect()
+    program::command(&arguments)
 }
 
 #[test]
 fn a_run_that_was_interrupted_goes_on_to_the_same_bytes() {
     let Some(dir) = files() else { return };
-    let text = finished(dir, "straight", &[]);
+    let text = program::finished(command(dir, "straight", &[]));
     assert!(text.contains("14 weights packed"), "{text}");
-    let straight = rows(dir, "straight");
+    let metrics = |out: &str| dir.join(out).join("metrics.csv");
+    let straight = Metrics::open(&metrics("straight"), STEPS).unwrap().rows;
     assert_eq!(straight.iter().map(|row| row.step).collect::<Vec<_>>(), (1..=STEPS).collect::<Vec<_>>());
     let held_out: Vec<f32> = straight.iter().filter_map(|row| row.held_out).collect();
     assert_eq!(held_out.len(), 8);
@@ -101,18 +58,18 @@ fn a_run_that_was_interrupted_goes_on_to_the_same_bytes() {
 
     let adapter = |out: &str| dir.join(out).join("adapter/adapter_model.safetensors");
     for (n, steps) in [8, 70].into_iter().enumerate() {
-        let (code, done) = interrupted(dir, "stopped", steps);
-        assert_eq!(code, 130);
+        let (code, done) = program::stopped(command(dir, "stopped", &[]), &dir.join("stopped"), "-INT", steps);
+        assert_eq!(code, Some(130));
         assert!((steps..STEPS as usize).contains(&done), "{done}");
         assert!(!adapter("stopped").exists());
         // A checkpoint of the very step that was the last one.
         assert!(dir.join(format!("stopped/checkpoint-{done:08}")).is_dir(), "interruption {n} after step {done}");
     }
-    let text = finished(dir, "stopped", &[]);
+    let text = program::finished(command(dir, "stopped", &[]));
     assert!(text.contains("going on after step"), "{text}");
 
     assert!(std::fs::read(adapter("stopped")).unwrap() == std::fs::read(adapter("straight")).unwrap());
-    assert_eq!(rows(dir, "stopped"), straight);
+    assert!(std::fs::read(metrics("stopped")).unwrap() == std::fs::read(metrics("straight")).unwrap());
     let pictures = ["straight", "stopped"].map(|out| std::fs::read(dir.join(out).join("loss.png")).unwrap());
     assert!(pictures[0] == pictures[1] && pictures[0].starts_with(b"\x89PNG"));
     let events = std::fs::read_dir(dir.join("stopped")).unwrap();
@@ -133,10 +90,9 @@ fn a_run_that_was_interrupted_goes_on_to_the_same_bytes() {
 fn another_command_does_not_go_on_with_the_run() {
     let Some(dir) = files() else { return };
     let few = ["--steps", "2", "--every", "1"];
-    finished(dir, "other", &few);
-    let output = command(dir, "other", &["--steps", "2", "--r", "8"]).output().unwrap();
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && error.contains("r: "), "{error}");
+    program::finished(command(dir, "other", &few));
+    let error = program::refused(command(dir, "other", &["--steps", "2", "--r", "8"]));
+    assert!(error.contains("r: "), "{error}");
 }
 
 #[test]

@@ -1,5 +1,4 @@
-//! Adapters in other programs' layouts, without the programs: what is exact, what is refused, and that no file
-//! whatever makes the reader panic.
+//! Adapters in other programs' layouts, without the programs: what is exact, and what is refused.
 
 mod common;
 
@@ -125,7 +124,7 @@ fn what_a_file_has_too_much_or_too_little_is_told() {
         _ => panic!("{wanted}: {error}"),
     };
     lists(open("module.safetensors", vec![kohya("a"), kohya("zz")]), "lora_unet_zz.lora_up.weight");
-    lists(open("end.safetensors", vec![kohya("a"), one("lora_unet_a.diff")]), "lora_unet_a.diff");
+    lists(open("end.safetensors", vec![kohya("a"), one("lora_unet_a.other")]), "lora_unet_a.other");
     lists(open("half.safetensors", vec![one("unet.a.lora_B.weight")]), "the other half of unet.a.lora_B.weight");
     lists(open("alpha.safetensors", vec![kohya("a"), one("lora_unet_proj.alpha")]), "lora_unet_proj.alpha");
     let twice = vec![
@@ -139,10 +138,6 @@ fn what_a_file_has_too_much_or_too_little_is_told() {
     let peft = factors("base_model.model.a", ".lora_A.weight", ".lora_B.weight");
     let error = open("peft.safetensors", vec![peft]).to_string();
     assert!(error.contains("adapter_config.json"), "{error}");
-    let error = open("lycoris.safetensors", vec![one("lora_unet_a.hada_w1_a")]);
-    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
-    let error = open("dora.safetensors", vec![kohya("a"), one("lora_unet_a.dora_scale")]);
-    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
 
     // A folder with several files, and a component that isn't there.
     let error = LoraModel::init_lora(small(&["a"]), &dir).unwrap_err().to_string();
@@ -237,44 +232,173 @@ fn the_configuration_in_a_header_is_read_strictly() {
     }
 }
 
-/// Cut short at every length, and with bytes changed at random: an error or a sound adapter, never a panic.
+/// LoHa and LoKr whose parts don't make a whole, and what is no adapter here.
 #[test]
-fn damaged_files_are_errors() {
+fn parts_that_make_no_whole_are_told() {
     let _rng = rng();
-    let dir = common::fresh_dir("formats_damaged");
-    let config = LoraConfig::builder().r(2).lora_alpha(0.3).target_modules(["a", "c.a"]);
-    let model = LoraModel::wrap(small(&["a", "c.a"]), config.build().unwrap()).unwrap();
-    randomise(&model);
-    let mut state = 7u64;
-    let mut random = move |below: usize| {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (state >> 33) as usize % below
+    let dir = common::fresh_dir("formats_parts");
+    let open = |parts: &[(&str, &[i64])]| {
+        let draw = |sizes: &[i64]| Tensor::randn(sizes, (Kind::Float, Device::Cpu));
+        let tensors: Vec<_> = parts.iter().map(|(end, sizes)| (format!("lora_unet_{end}"), draw(sizes))).collect();
+        common::write(dir.join("x.safetensors"), &tensors);
+        LoraModel::init_lora(small(&["a", "b"]), dir.join("x.safetensors"))
     };
-    for format in [AdapterFormat::Diffusers, AdapterFormat::DiffusersOld, AdapterFormat::Kohya, AdapterFormat::ComfyUi]
-    {
-        let whole = dir.join("whole.safetensors");
-        let file =
-            AdapterFile::new(&whole).component(if format == AdapterFormat::ComfyUi { "transformer" } else { "unet" });
-        model.save_as("default", format, file).unwrap();
-        let bytes = bytes(whole);
-        let open = |bytes: &[u8]| {
-            let path = dir.join("damaged.safetensors");
-            std::fs::write(&path, bytes).unwrap();
-            let _ = AdapterFile::new(&path).detect();
-            LoraModel::init_lora(small(&["a", "c.a"]), &path)
-        };
-        open(&bytes).unwrap();
-        for length in (0..bytes.len()).step_by(97) {
-            assert!(open(&bytes[..length]).is_err(), "{format}: {length} of {} bytes", bytes.len());
-        }
-        let mut refused = 0;
-        for _ in 0..150 {
-            let mut damaged = bytes.clone();
-            let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-            let at = random(header);
-            damaged[at] = damaged[at].wrapping_add(1 + random(255) as u8);
-            refused += usize::from(open(&damaged).is_err());
-        }
-        assert!(refused > 50, "{format}: {refused} of 150 refused");
+    let loha: [(&str, &[i64]); 4] =
+        [("a.hada_w1_a", &[6, 2]), ("a.hada_w1_b", &[2, 6]), ("a.hada_w2_a", &[6, 2]), ("a.hada_w2_b", &[2, 6])];
+    let lokr: [(&str, &[i64]); 2] = [("b.lokr_w1", &[2, 3]), ("b.lokr_w2", &[3, 2])];
+    assert_eq!(open(&loha).unwrap().layers(), ["a"]);
+    // No one factor gives W1 these sizes.
+    assert_eq!(open(&lokr).unwrap().config().layer_settings(["b"])[0].w1, Some([2, 3]));
+    let told = |parts: Vec<(&str, &[i64])>, wanted: &str| {
+        let error = open(&parts).unwrap_err();
+        assert!(error.to_string().contains(wanted), "{wanted}: {error}");
+        error
+    };
+    for gone in 0..4 {
+        let mut parts = loha.to_vec();
+        parts.remove(gone);
+        assert!(matches!(told(parts, "the other half of lora_unet_a.hada"), Error::Keys { .. }));
     }
+    let with = |first: &[(&'static str, &'static [i64])], more: (&'static str, &'static [i64])| {
+        first.iter().copied().chain([more]).collect::<Vec<_>>()
+    };
+    told(lokr[..1].to_vec(), "lokr_w2 of b");
+    told(lokr[1..].to_vec(), "lokr_w1 of b");
+    let both = with(&with(&lokr, ("b.lokr_w2_a", &[3, 1])), ("b.lokr_w2_b", &[1, 2]));
+    told(both, "lora_unet_b.lokr_w2 and lora_unet_b.lokr_w2_a are both for one part");
+    told(with(&lokr, ("b.lokr_t2", &[1, 1, 1, 1])), "lora_unet_b.lokr_t2");
+    told(with(&loha, ("a.lokr_w1", &[1, 1])), "a.hada_w1_a and lora_unet_a.lokr_w1 are both");
+    told(with(&loha, ("a.lora_mid.weight", &[2, 2, 3, 3])), "lora_unet_a.lora_mid.weight");
+    let refused = |parts: Vec<(&str, &[i64])>, wanted: &str| {
+        let error = told(parts, wanted);
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    };
+    refused(with(&loha, ("a.dora_scale", &[6, 1])), "DoRA of LoHa");
+    refused(loha.into_iter().chain(lokr).collect(), "LoHa of a beside LoKr of b");
+    refused(vec![("a.diff", &[6, 6])], "the whole difference of a weight");
+    refused(vec![("a.w_norm", &[6])], "a norm's weight");
+    refused(vec![("a.on_input", &[]), ("a.weight", &[6])], "IA3");
+    let lora: [(&str, &[i64]); 2] = [("a.lora_down.weight", &[2, 6]), ("a.lora_up.weight", &[6, 2])];
+    refused(with(&lora, ("a.dora_scale", &[1, 6])), "one value for each of 6 outputs");
+    told(with(&lora, ("a.lora_mid.weight", &[2, 2, 3, 3])), "(r, r, kernel…)");
+    // Factors that aren't the weight's.
+    told(vec![("b.lokr_w1", &[2, 3]), ("b.lokr_w2", &[3, 3])], "factors of LoKr for b [6, 6]");
+    told(vec![("b.lokr_w1", &[0, 3]), ("b.lokr_w2", &[3, 2])], "factors of LoKr for b [6, 6]");
+    refused(vec![("b.lokr_w1", &[1, 1]), ("b.lokr_w2_a", &[6, 3]), ("b.lokr_w2_b", &[3, 6])], "rank 3");
+}
+
+/// Numbers of which no adapter can be made: nothing is allocated for them.
+#[test]
+fn absurd_ranks_and_alphas_are_refused() {
+    let _rng = rng();
+    let dir = common::fresh_dir("formats_absurd");
+    let config = LoraConfig::builder().r(2).lora_alpha(4.0).target_modules(["a"]).build().unwrap();
+    let model = LoraModel::wrap(small(&["a"]), config).unwrap();
+    model.save_pretrained(&dir).unwrap();
+    let path = dir.join("adapter_config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let open = |from: &str, to: &str| {
+        assert!(text.contains(from));
+        std::fs::write(&path, text.replace(from, to)).unwrap();
+        LoraModel::init_lora(small(&["a"]), &dir).unwrap_err().to_string()
+    };
+    let error = open("\"r\": 2", "\"r\": 1000000000");
+    assert!(error.contains("at most 6, the largest size in the file"), "{error}");
+    let error = open("\"lora_alpha\": 4", "\"lora_alpha\": 1e39");
+    assert!(error.contains("`lora_alpha` is"), "{error}");
+
+    // A file's own alpha may be of f64.
+    let mut tensors = kohya("a");
+    tensors.push(("lora_unet_a.alpha".into(), Tensor::full([], 1e39, (Kind::Double, Device::Cpu))));
+    common::write(dir.join("x.safetensors"), &tensors);
+    let error = LoraModel::init_lora(small(&["a"]), dir.join("x.safetensors")).unwrap_err().to_string();
+    assert!(error.contains("`lora_alpha` is"), "{error}");
+}
+
+/// Flux' own code has one layer for queries, keys and values: its rows are those of three modules.
+#[test]
+fn rows_of_a_fused_layer_are_told_apart() {
+    let _rng = rng();
+    let dir = common::fresh_dir("formats_fused");
+    let paths = ["to_q", "to_k", "to_v"].map(|end| format!("transformer_blocks.0.attn.{end}"));
+    let paths = paths.each_ref().map(String::as_str);
+    let open = |parts: &[(&str, &[i64])]| {
+        let draw = |sizes: &[i64]| Tensor::randn(sizes, (Kind::Float, Device::Cpu));
+        let named = |end: &str| format!("lora_unet_double_blocks_0_img_attn_qkv.{end}");
+        let tensors: Vec<_> = parts.iter().map(|(end, sizes)| (named(end), draw(sizes))).collect();
+        common::write(dir.join("x.safetensors"), &tensors);
+        LoraModel::init_lora(small(&paths), dir.join("x.safetensors"))
+    };
+    let delta = |model: LoraModel<nn::Sequential>| {
+        let parameters = model.parameters();
+        let find = |path: &str, end: &str| {
+            let wanted = format!("base_model.model.{path}.{end}");
+            parameters.iter().find(|p| p.name == wanted).map(|p| p.tensor.detach()).unwrap()
+        };
+        let of = |path: &&str| match model.config().peft_type() {
+            "LOHA" => {
+                let half = |n: u8| find(path, &format!("hada_w{n}_a")).mm(&find(path, &format!("hada_w{n}_b")));
+                half(1) * half(2)
+            }
+            _ => find(path, "lokr_w1").kron(&find(path, "lokr_w2")),
+        };
+        Tensor::cat(&paths.iter().map(of).collect::<Vec<_>>(), 0)
+    };
+    let whole = |ends: [&str; 2]| {
+        let file = read(dir.join("x.safetensors"));
+        ends.map(|end| file[&format!("lora_unet_double_blocks_0_img_attn_qkv.{end}")].shallow_clone())
+    };
+    let model =
+        open(&[("hada_w1_a", &[18, 2]), ("hada_w1_b", &[2, 6]), ("hada_w2_a", &[18, 2]), ("hada_w2_b", &[2, 6])]);
+    let found = delta(model.unwrap());
+    let [a, b] = [whole(["hada_w1_a", "hada_w1_b"]), whole(["hada_w2_a", "hada_w2_b"])].map(|[a, b]| a.mm(&b));
+    common::assert_close("LoHa", &found, &(a * b), 1e-6);
+
+    let found = delta(open(&[("lokr_w1", &[3, 2]), ("lokr_w2", &[6, 3])]).unwrap());
+    let [w1, w2] = whole(["lokr_w1", "lokr_w2"]);
+    common::assert_close("LoKr", &found, &w1.kron(&w2), 1e-6);
+    let error = open(&[("lokr_w1", &[2, 2]), ("lokr_w2", &[9, 3])]).unwrap_err();
+    assert!(error.to_string().contains("rows 0 to 6 of a Kronecker product by 9"), "{error}");
+}
+
+/// ComfyUI calls each text encoder by a name of its own.
+#[test]
+fn text_encoders_go_by_comfyuis_names() {
+    let _rng = rng();
+    let dir = common::fresh_dir("formats_comfyui");
+    let paths = ["encoder.layers.0.mlp.fc1"];
+    let config = LoraConfig::builder().r(2).target_modules(["fc1"]).build().unwrap();
+    let model = LoraModel::wrap(small(&paths), config).unwrap();
+    randomise(&model);
+    let save = |component: &str| {
+        let file = AdapterFile::new(dir.join(format!("{component}.safetensors"))).component(component);
+        model.save_as("default", AdapterFormat::ComfyUi, file.clone()).map(|()| file)
+    };
+    let files = ["clip_l", "t5xxl", "transformer"].map(|component| save(component).unwrap());
+    let keys: Vec<String> = read(dir.join("clip_l.safetensors")).into_keys().collect();
+    let stem = "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1";
+    assert_eq!(keys, ["alpha", "lora_A.weight", "lora_B.weight"].map(|end| format!("{stem}.{end}")));
+    assert!(save("text_encoder").unwrap_err().to_string().contains("clip_l"));
+
+    let all = dir.join("all.safetensors");
+    AdapterFile::join(&files, &all).unwrap();
+    let found = AdapterFile::new(&all).detect().unwrap();
+    assert_eq!((found.format, found.components.len()), (AdapterFormat::ComfyUi, 3), "{found}");
+    for component in found.components {
+        let again = LoraModel::init_lora(small(&paths), AdapterFile::new(&all).component(component)).unwrap();
+        for (ours, theirs) in model.parameters().iter().zip(again.parameters()) {
+            assert_same(&ours.name, &theirs.tensor, &ours.tensor);
+        }
+    }
+    let error = LoraModel::init_lora(small(&paths), AdapterFile::new(&all).component("text_encoder")).unwrap_err();
+    assert!(error.to_string().contains("clip_l, t5xxl, transformer"), "{error}");
+
+    // What can't be one file.
+    let join = |files: &[AdapterFile]| AdapterFile::join(files, dir.join("no.safetensors")).unwrap_err().to_string();
+    assert!(join(&[]).contains("at least one"));
+    assert!(join(&[files[0].clone(), files[0].clone()]).contains("in another of the files too"));
+    model.save_as("default", AdapterFormat::Kohya, dir.join("kohya.safetensors")).unwrap();
+    assert!(join(&[files[0].clone(), dir.join("kohya.safetensors").into()]).contains("ComfyUI and kohya"));
+    model.save_pretrained(dir.join("peft")).unwrap();
+    assert!(join(&[dir.join("peft").into()]).contains("PEFT's folder"));
 }

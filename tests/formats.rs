@@ -257,6 +257,19 @@ fn files_written_here_answer_the_same_elsewhere() {
             assert_same(case, &model.run(&again), &output);
         }
     }
+    // The parts of a pipeline in one file.
+    let parts = ["diffusers_two.unet", "diffusers_text.clip"].map(|case| dir.join("from_rust").join(case));
+    for (name, part) in ["unet", "clip"].into_iter().zip(&parts) {
+        let folder = dir.join("from_rust").join(format!("joined.{name}"));
+        let files = parts.each_ref().map(|part| AdapterFile::new(part.join("lora.safetensors")));
+        AdapterFile::join(&files, folder.join("lora.safetensors")).unwrap();
+        let output = read(part.join("output.safetensors")).remove("output").unwrap();
+        common::write(folder.join("output.safetensors"), &[("output".into(), output.copy())]);
+        let model = Model::new(dir, name);
+        let file = AdapterFile::new(folder.join("lora.safetensors")).component(model.component());
+        assert_eq!(file.detect().unwrap().components, ["text_encoder", "unet"]);
+        assert_same(name, &model.run(&LoraModel::from_pretrained(model.base(), file).unwrap()), &output);
+    }
     peer("formats_reference.py", &["check".as_ref(), dir.as_os_str()]);
 }
 

@@ -13,6 +13,7 @@ use std::process::Command;
 
 use common::{assert_close, assert_differs, peer, read, rng};
 use llama::Llama;
+use llama::cache::{Cache, Part};
 use tch::nn::Module;
 use tch::{Device, Kind, Tensor, nn};
 use tch_peft::{Base, Error, LoraConfig, LoraModel, QuantConfig, QuantizeOptions};
@@ -47,6 +48,41 @@ fn logits_are_those_of_transformers() {
         let base = load(&dir.join(name), None);
         let logits = tch::no_grad(|| base.module().forward(&record["tokens"]));
         assert_close(name, &logits, &record["logits"], 1e-5);
+    }
+}
+
+/// Texts that grow by pieces of other lengths, in batches with other texts, see what
+/// they would see as a whole.
+#[test]
+fn kept_keys_and_values_are_as_good_as_the_whole_text() {
+    let Some(dir) = models() else { return };
+    let lengths = [[7, 1, 12], [1, 1, 1], [9, 0, 1], [1, 21, 1], [6, 1, 9]];
+    for name in MODELS {
+        let record = read(dir.join(name).join("record.safetensors"));
+        let base = load(&dir.join(name), None);
+        let config = llama::Config::read(&dir.join(name)).unwrap();
+        let texts = Vec::<Vec<i64>>::try_from(&record["tokens"]).unwrap();
+        let _no_grad = tch::no_grad_guard();
+        let mut caches: Vec<_> =
+            texts.iter().map(|text| Cache::new(&config, text.len(), Kind::Float, Device::Cpu)).collect();
+        let mut found: [Vec<Tensor>; 3] = Default::default();
+        for lengths in lengths {
+            let mut parts = Vec::new();
+            let next = texts.iter().zip(&mut caches).zip(lengths);
+            for ((text, cache), length) in next.filter(|(_, length)| *length > 0) {
+                let from = cache.length() as usize;
+                parts.push(Part { tokens: &text[from..from + length], cache });
+            }
+            let logits = base.module().logits(&base.module().extend(&mut parts));
+            let mut from = 0;
+            for (found, length) in found.iter_mut().zip(lengths) {
+                found.push(logits.narrow(0, from, length as i64));
+                from += length as i64;
+            }
+        }
+        for (n, found) in found.iter().enumerate() {
+            assert_close(&format!("{name} {n}"), &Tensor::cat(found, 0), &record["logits"].get(n as i64), 1e-5);
+        }
     }
 }
 

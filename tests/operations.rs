@@ -292,6 +292,13 @@ fn every_row_of_a_mixed_batch_has_its_own_adapter_and_gradient() {
         let _off = model.disable_adapters();
         assert_close("off", &model.forward(ids).unwrap(), &expected["base"], TOLERANCE);
     }
+    // The same rows, those of an adapter next to each other.
+    let (order, sorted) = (Tensor::from_slice(&[0i64, 3, 1, 2]), ["b", "b", BASE_ROW, "default"]);
+    let (sorted_ids, sorted_mixed) = (ids.index_select(0, &order), expected["mixed"].index_select(0, &order));
+    {
+        let _mixed = model.mixed_batch(&sorted).unwrap();
+        assert_close("sorted", &model.forward(&sorted_ids).unwrap(), &sorted_mixed, TOLERANCE);
+    }
     assert_same("as before", &model.forward(ids).unwrap(), &before);
     refused(model.mixed_batch(&["nobody"]), "adapter_name");
     refused(model.mixed_batch(&[]), "mixed_batch");
@@ -301,14 +308,16 @@ fn every_row_of_a_mixed_batch_has_its_own_adapter_and_gradient() {
     model.set_requires_grad("b", true).unwrap();
     model.set_adapter(["default", "b"]).unwrap();
     let loss = |y: &Tensor| y.square().sum(Kind::Float);
-    {
+    let mut mixed = Vec::new();
+    for (rows, ids) in [(rows, ids), (sorted, &sorted_ids)] {
         let _mixed = model.mixed_batch(&rows).unwrap();
         loss(&model.forward(ids).unwrap()).backward();
-    }
-    let mixed: Vec<_> = model.trainable_parameters().iter().map(|p| p.tensor.grad().copy()).collect();
-    assert_eq!(mixed.len(), 16);
-    for p in model.trainable_parameters() {
-        let _ = p.tensor.grad().zero_();
+        let parameters = model.trainable_parameters();
+        mixed.push(parameters.iter().map(|p| p.tensor.grad().copy()).collect::<Vec<_>>());
+        assert_eq!(parameters.len(), 16);
+        for p in parameters {
+            let _ = p.tensor.grad().zero_();
+        }
     }
     for (name, rows) in [("default", vec![2i64]), ("b", vec![0, 3])] {
         model.set_adapter(name).unwrap();
@@ -316,8 +325,10 @@ fn every_row_of_a_mixed_batch_has_its_own_adapter_and_gradient() {
         loss(&model.forward(&part).unwrap()).backward();
     }
     model.set_adapter(["default", "b"]).unwrap();
-    for (p, found) in model.trainable_parameters().iter().zip(mixed) {
-        assert_close(&p.name, &found, &p.tensor.grad(), TOLERANCE);
+    for mixed in mixed {
+        for (p, found) in model.trainable_parameters().iter().zip(mixed) {
+            assert_close(&p.name, &found, &p.tensor.grad(), TOLERANCE);
+        }
     }
 }
 

@@ -13,21 +13,19 @@
 //! |---|---|
 //! | `adapter/` | the adapter, for PEFT or `LoraModel::from_pretrained` |
 //! | `checkpoint-…/` | what the run goes on from |
-//! | `metrics.csv`, `loss.png` | losses, learning rate, tokens a second; the losses as a picture |
-//! | `events.out.tfevents…` | the same for TensorBoard: `tensorboard --logdir runs` |
+//! | `metrics.csv`, `loss.png` | losses and learning rate; the losses as a picture |
+//! | `events.out.tfevents…` | the same and tokens a second, for TensorBoard: `tensorboard --logdir runs` |
 
 mod args;
 pub(crate) mod data;
-pub(crate) mod events;
-pub(crate) mod metrics;
-mod plot;
-mod show;
 mod train;
 
 #[path = "../llama/mod.rs"]
 pub(crate) mod llama;
+#[path = "../training/mod.rs"]
+pub(crate) mod training;
 
-pub(crate) use llama::Result;
+pub(crate) use training::Result;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -38,20 +36,5 @@ fn main() -> ExitCode {
 
 /// The program with these arguments, and its exit code.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> u8 {
-    let outcome = match args::parse(arguments) {
-        Ok(Some(args)) => train::train(&args),
-        Ok(None) => {
-            println!("{}", args::HELP);
-            return 0;
-        }
-        Err(error) => Err(error),
-    };
-    match outcome {
-        Ok(train::Outcome::Finished) => 0,
-        Ok(train::Outcome::Interrupted) => 130,
-        Err(error) => {
-            eprintln!("finetune_llm: {error}");
-            1
-        }
-    }
+    training::run("finetune_llm", args::HELP, args::parse(arguments), train::train)
 }

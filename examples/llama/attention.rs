@@ -1,5 +1,6 @@
 //! Causal self-attention with grouped keys and values.
 
+use super::cache::Part;
 use super::config::{Config, Family};
 use super::layers::{Places, RmsNorm};
 use super::rotary::Turns;
@@ -40,20 +41,50 @@ impl Attention {
     /// (batch, time, width) in and out.
     pub fn forward(&self, x: &Tensor, turns: &Turns) -> Tensor {
         let (batch, time) = (x.size()[0], x.size()[1]);
+        let [q, k, v] = self.project(x, [batch, time], turns);
+        let y = self.attend(&q, &k, &v);
+        self.o_proj.forward(&y.transpose(1, 2).reshape([batch, time, -1]))
+    }
+
+    /// The next tokens of several texts, one text after the other: (tokens, width)
+    /// in and out. Each text sees its own tokens only.
+    pub fn extend(&self, x: &Tensor, turns: &Turns, layer: usize, parts: &[Part]) -> Tensor {
+        let tokens = x.size()[0];
+        let all = self.project(x, [1, tokens], turns);
+        let mut from = 0;
+        let mut results = Vec::with_capacity(parts.len());
+        for part in parts {
+            let [q, k, v] = all.each_ref().map(|x| x.narrow(2, from, part.time()));
+            let [k, v] = part.cache.extend(layer, &k, &v);
+            results.push(self.attend(&q, &k, &v));
+            from += part.time();
+        }
+        self.o_proj.forward(&Tensor::cat(&results, 2).transpose(1, 2).reshape([tokens, -1]))
+    }
+
+    /// Queries, keys and values, each (batch, heads, time, head_dim).
+    fn project(&self, x: &Tensor, [batch, time]: [i64; 2], turns: &Turns) -> [Tensor; 3] {
         let heads = |x: Tensor| x.view([batch, time, -1, self.head_dim]);
         let mut q = heads(self.q_proj.forward(x));
         let mut k = heads(self.k_proj.forward(x));
         if let Some([q_norm, k_norm]) = &self.norms {
             (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
         }
-        let (q, k) = (turns.apply(&q.transpose(1, 2)), turns.apply(&k.transpose(1, 2)));
         let v = heads(self.v_proj.forward(x)).transpose(1, 2);
-        let mask = self.window.filter(|window| *window < time).map(|window| {
-            // Ones on the diagonal and on the `window - 1` below it.
-            Tensor::ones([time, time], (Kind::Bool, x.device())).tril(0).triu(1 - window)
+        [turns.apply(&q.transpose(1, 2)), turns.apply(&k.transpose(1, 2)), v]
+    }
+
+    /// The queries are of the last of the positions that keys and values are of.
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        let (time, all) = (q.size()[2], k.size()[2]);
+        let window = self.window.filter(|window| *window < all);
+        let mask = (window.is_some() || (1 < time && time < all)).then(|| {
+            // Ones on the diagonal that ends in the lower right corner, and on the
+            // `window - 1` left of it.
+            let ones = Tensor::ones([time, all], (Kind::Bool, q.device()));
+            ones.tril(all - time).triu(all - time + 1 - window.unwrap_or(all))
         });
-        let causal = mask.is_none();
-        let y = Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, causal, None, true);
-        self.o_proj.forward(&y.transpose(1, 2).reshape([batch, time, -1]))
+        let causal = mask.is_none() && time > 1;
+        Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, true)
     }
 }

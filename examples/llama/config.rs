@@ -185,11 +185,17 @@ impl Config {
         }
     }
 
-    /// The token that ends a text.
+    /// The token that ends a text, the first if there are several.
     pub fn eos(&self) -> Option<i64> {
-        match self.eos_token_id.as_ref()? {
-            OneOrMany::One(id) => Some(*id),
-            OneOrMany::Many(ids) => ids.first().copied(),
+        self.ends().first().copied()
+    }
+
+    /// All tokens that end a text.
+    pub fn ends(&self) -> &[i64] {
+        match &self.eos_token_id {
+            Some(OneOrMany::One(id)) => std::slice::from_ref(id),
+            Some(OneOrMany::Many(ids)) => ids,
+            None => &[],
         }
     }
 }

@@ -7,6 +7,7 @@
 #![allow(dead_code)]
 
 mod attention;
+pub mod cache;
 mod config;
 mod layers;
 mod load;
@@ -16,6 +17,7 @@ pub use config::Config;
 pub use load::load;
 
 use attention::Attention;
+use cache::Part;
 use layers::{Mlp, Places, RmsNorm};
 use rotary::Rotary;
 use tch::nn::{self, Module};
@@ -59,12 +61,46 @@ impl Llama {
 
 impl Module for Llama {
     fn forward(&self, tokens: &Tensor) -> Tensor {
-        let mut x = Tensor::embedding(&self.embed_tokens, tokens, -1, false, false);
-        let turns = self.rotary.turns(tokens.size()[1], x.kind());
+        let positions = Tensor::arange(tokens.size()[1], (Kind::Float, tokens.device()));
+        let mut x = self.embed(tokens);
+        let turns = self.rotary.turns(&positions, x.kind());
         for layer in &self.layers {
-            x = layer.forward(&x, &turns);
+            x = layer.forward(&x, |attention, x| attention.forward(x, &turns));
         }
-        self.lm_head.forward(&self.norm.forward(&x))
+        self.logits(&self.norm.forward(&x))
+    }
+}
+
+impl Llama {
+    /// Goes on with several texts, whose parts may be of any lengths: takes their
+    /// tokens into the caches, and answers the features (tokens, width) of all
+    /// of them, one text after the other. For [`Llama::logits`].
+    ///
+    /// Nothing is padded, and each text attends to itself alone. Rows of every
+    /// layer's input are tokens.
+    pub fn extend(&self, parts: &mut [Part]) -> Tensor {
+        let device = self.embed_tokens.device();
+        let tokens: Vec<i64> = parts.iter().flat_map(|part| part.tokens).copied().collect();
+        let range = |part: &Part| part.cache.length()..part.cache.length() + part.time();
+        let positions: Vec<f32> = parts.iter().flat_map(range).map(|position| position as f32).collect();
+        let mut x = self.embed(&Tensor::from_slice(&tokens).to_device(device));
+        let turns = self.rotary.turns(&Tensor::from_slice(&positions).to_device(device), x.kind());
+        for (n, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(&x, |attention, x| attention.extend(x, &turns, n, parts));
+        }
+        for part in parts {
+            part.cache.advance(part.tokens.len() as i64);
+        }
+        self.norm.forward(&x)
+    }
+
+    /// Features (…, width) to logits (…, vocabulary).
+    pub fn logits(&self, features: &Tensor) -> Tensor {
+        self.lm_head.forward(features)
+    }
+
+    fn embed(&self, tokens: &Tensor) -> Tensor {
+        Tensor::embedding(&self.embed_tokens, tokens, -1, false, false)
     }
 }
 
@@ -87,8 +123,8 @@ impl Layer {
         }
     }
 
-    fn forward(&self, x: &Tensor, turns: &rotary::Turns) -> Tensor {
-        let x = x + self.self_attn.forward(&self.input_layernorm.forward(x), turns);
+    fn forward(&self, x: &Tensor, attend: impl Fn(&Attention, &Tensor) -> Tensor) -> Tensor {
+        let x = x + attend(&self.self_attn, &self.input_layernorm.forward(x));
         &x + self.mlp.forward(&self.post_attention_layernorm.forward(&x))
     }
 }

@@ -13,7 +13,7 @@ pub struct Rotary {
     frequencies: Tensor,
 }
 
-/// The turns of all positions of a batch, each (time, head_dim).
+/// The turns of some positions, each (time, head_dim).
 pub struct Turns {
     cos: Tensor,
     sin: Tensor,
@@ -28,8 +28,8 @@ impl Rotary {
         Rotary { frequencies: Tensor::from_slice(&frequencies).to_device(device) }
     }
 
-    pub fn turns(&self, time: i64, kind: Kind) -> Turns {
-        let positions = Tensor::arange(time, (Kind::Float, self.frequencies.device()));
+    /// Of these positions (time), f32.
+    pub fn turns(&self, positions: &Tensor, kind: Kind) -> Turns {
         let angles = positions.outer(&self.frequencies);
         let angles = Tensor::cat(&[&angles, &angles], 1);
         Turns { cos: angles.cos().to_kind(kind), sin: angles.sin().to_kind(kind) }

@@ -104,6 +104,10 @@ pub(super) fn load(
                 }
             }
             (None, None) if files.has(&weight.name) => copy(&files, weight)?,
+            (None, None) if weight.optional => {
+                tracing::debug!(name = weight.name, "not in the files: left as the module has it");
+                continue;
+            }
             (None, _) => {
                 missing.push(weight);
                 continue;
@@ -194,6 +198,10 @@ fn read_and_pack(
 /// Fills a dense weight.
 fn copy(files: &Files, weight: &Weight) -> Result<()> {
     let dense = read_dense(files, weight)?;
+    // Other tensors may hold -inf on purpose, such as masks.
+    if weight.role != WeightRole::Other {
+        quant::check_finite(&weight.name, &dense, "the file is broken: take another copy of it")?;
+    }
     let mut tensor = weight.tensor.shallow_clone();
     let _no_grad = tch::no_grad_guard();
     // One element that was expanded has no memory to copy to.

@@ -28,6 +28,15 @@ impl MixedRows {
         let input = operator.input();
         let repeats = self.repeats(&input.size())?;
         for (adapter, rows) in self.parts.iter().filter(|(adapter, _)| adapter.active()) {
+            if let Some((first, last)) = ends_of_run(rows) {
+                let (from, to) = (first * repeats, (last + 1) * repeats);
+                let part = input.f_narrow(0, from, to - from)?;
+                if let Some(addition) = adapter.addition(weight, &operator.with_input(&part))? {
+                    let sum = y.f_narrow(0, from, to - from)?.f_add(&addition.f_to_kind(y.f_kind()?)?)?;
+                    y = y.f_slice_scatter(&sum, 0, from, to, 1)?;
+                }
+                continue;
+            }
             let rows: Vec<i64> = rows.iter().flat_map(|row| row * repeats..(row + 1) * repeats).collect();
             let index = Tensor::from_slice(&rows).f_to_device(input.device())?;
             let part = input.f_index_select(0, &index)?;
@@ -54,4 +63,13 @@ impl MixedRows {
             found: format!("{size:?}"),
         })
     }
+}
+
+/// The first and the last of rows that lie one after the other. Such rows are
+/// taken and put back as a slice; libtorch's adding by index sorts, on several
+/// threads, which takes longer than the product of a few rows.
+fn ends_of_run(rows: &[i64]) -> Option<(i64, i64)> {
+    let (first, last) = (*rows.first()?, *rows.last()?);
+    let in_order = rows.windows(2).all(|pair| pair[0] + 1 == pair[1]);
+    in_order.then_some((first, last))
 }

@@ -18,7 +18,7 @@ pub use torchscript::TorchScript;
 pub use weights::WeightRole;
 pub(crate) use weights::{Weight, Weights};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::names::suffix_matches;
 use crate::quant::QuantConfig;
 use std::path::Path;
@@ -104,6 +104,37 @@ impl<M> Base<M> {
             }
         }
         self
+    }
+
+    /// States that files may lack a tensor, which then stays as the module made
+    /// it: for [`Base::load_quantized`] and [`Base::load_and_quantize`].
+    ///
+    /// Meant for buffers that a module computes by itself and that PyTorch
+    /// leaves out of files (`persistent=False`), such as masks and tables of
+    /// angles. `entry` is the tensor's name or its last segments. A weight that
+    /// is to be packed must be there all the same.
+    ///
+    /// ```no_run
+    /// # use tch_peft::{Base, QuantConfig};
+    /// let base = Base::torchscript("model.pt")?.allow_missing("rotary_emb.inv_freq")?;
+    /// let base = base.load_and_quantize("model.safetensors", &QuantConfig::nf4().build()?)?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) for an entry that names none of
+    /// the base's tensors.
+    pub fn allow_missing(mut self, entry: &str) -> Result<Self> {
+        let mut found = false;
+        for weight in self.weights.iter_mut().filter(|weight| suffix_matches(&weight.name, entry)) {
+            (weight.optional, found) = (true, true);
+        }
+        match found {
+            true => Ok(self),
+            false => {
+                Err(Error::config("allow_missing", "a tensor of the base, or the last segments of its name", entry))
+            }
+        }
     }
 
     /// Packs the weights that `config` chooses, one at a time; the dense storage
@@ -243,7 +274,7 @@ impl<M> Base<M> {
     ///
     /// # Errors
     /// [`Error::Keys`](crate::Error::Keys) unless the files have all of the
-    /// module's weights and no others; [`Error::Mismatch`](crate::Error::Mismatch)
+    /// module's weights, but those of [`Base::allow_missing`], and no others; [`Error::Mismatch`](crate::Error::Mismatch)
     /// for a shape or dtype, and for values that the module ties but the files
     /// have twice and differently; [`Error::NotFinite`](crate::Error::NotFinite),
     /// [`Error::Corrupt`](crate::Error::Corrupt), [`Error::Io`](crate::Error::Io);
@@ -330,6 +361,20 @@ impl<M> Base<M> {
     /// Names of all weights (parameters and buffers), sorted.
     pub fn weight_names(&self) -> Vec<String> {
         self.weights.iter().map(|w| w.name.clone()).collect()
+    }
+
+    /// The paths of the modules whose weights can be adapted or quantised: what
+    /// `target_modules` and [`QuantConfigBuilder::skip`](crate::QuantConfigBuilder::skip)
+    /// are matched against.
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let net = nn::linear(vs.root() / "up", 4, 8, Default::default());
+    /// assert_eq!(tch_peft::Base::new(vs, net).layer_names(), ["up"]);
+    /// ```
+    pub fn layer_names(&self) -> Vec<String> {
+        self.weights.layers().map(|(path, _)| path.to_string()).collect()
     }
 
     pub(crate) fn weights(&self) -> &Weights {

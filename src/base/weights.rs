@@ -57,6 +57,8 @@ pub(crate) struct Weight {
     pub(crate) place: usize,
     /// Which weight it is, if that has several names.
     pub(crate) tied: Option<usize>,
+    /// Whether files may lack it.
+    pub(crate) optional: bool,
 }
 
 impl Weight {
@@ -105,7 +107,7 @@ impl Weights {
                     Some(path) if (2..=5).contains(&dims) && tensor.is_floating_point() => role(path, dims),
                     _ => WeightRole::Other,
                 };
-                Weight { name, tensor, role, place, tied: None }
+                Weight { name, tensor, role, place, tied: None, optional: false }
             })
             .collect();
         mark_tied(&mut weights);

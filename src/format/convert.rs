@@ -4,9 +4,9 @@ use super::file::{AdapterFile, Found};
 use super::keys::{Part, parse, parse_in};
 use super::read::choose;
 use super::write::{Outgoing, OutgoingLayer, write};
-use super::{AdapterFormat, diffusers, peft, read, safetensors};
+use super::{AdapterFormat, BaseLayer, diffusers, peft, read, safetensors};
 use crate::error::{Error, Result};
-use crate::lora::{LoraConfig, TargetModules};
+use crate::lora::{AdapterConfig, TargetModules};
 use crate::names::module_path;
 use crate::quant::check_finite;
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,8 +43,9 @@ impl AdapterFile {
         } else {
             weights.iter().filter_map(|name| module_path(name)).collect()
         };
-        let adapter = read(self, &base)?;
-        let mut config = adapter.config.into_lora()?;
+        let layers: Vec<BaseLayer<'_>> = base.iter().map(|path| BaseLayer { path, sizes: None }).collect();
+        let adapter = read(self, &layers)?;
+        let mut config = adapter.config;
         config.check_supported()?;
         let modules = by_module(&adapter.path, &adapter.tensors)?;
         if weights.is_empty() {
@@ -55,7 +56,8 @@ impl AdapterFile {
         for ((path, tensors), settings) in modules.into_iter().zip(settings) {
             for (end, tensor) in &tensors {
                 let r = tensor.size().first().copied();
-                if ["lora_A.weight", "lora_embedding_A"].contains(end) && r != Some(settings.r) {
+                let tells = ["lora_A.weight", "lora_embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"];
+                if tells.contains(end) && r != Some(settings.r) {
                     let (name, expected) = (peft::key(path, end), format!("rank {}", settings.r));
                     return Err(Error::Mismatch { name, expected, found: format!("{:?}", tensor.size()) });
                 }
@@ -77,7 +79,8 @@ impl AdapterFile {
         };
         let keys = safetensors::names(&path)?;
         let of_processor = |key: &String| diffusers::PROCESSOR_ENDS.iter().any(|(end, _)| key.ends_with(end));
-        let expected = if format == AdapterFormat::Kohya || keys.iter().any(of_processor) {
+        let flat = matches!(format, AdapterFormat::Kohya | AdapterFormat::Lycoris);
+        let expected = if flat || keys.iter().any(of_processor) {
             format!("the names of the base's weights, which the keys in {} don't tell", path.display())
         } else if !self.key_mapping.is_empty() {
             "the names of the base's weights, for the key mapping".into()
@@ -112,11 +115,12 @@ fn by_module<'t>(
 
 /// A list of all paths becomes an expression: PEFT takes an entry of a list
 /// for the end of a longer path as well, and which there are isn't known.
-fn as_expression<T>(config: &mut LoraConfig, modules: &BTreeMap<&str, T>) {
-    if let Some(TargetModules::List(list)) = &config.target_modules
+fn as_expression<T>(config: &mut AdapterConfig, modules: &BTreeMap<&str, T>) {
+    let target = config.placed_mut().target_modules;
+    if let Some(TargetModules::List(list)) = &target
         && list.iter().all(|entry| modules.contains_key(entry.as_str()))
     {
         let paths: Vec<String> = modules.keys().map(|path| regex::escape(path)).collect();
-        config.target_modules = Some(TargetModules::Regex(paths.join("|")));
+        *target = Some(TargetModules::Regex(paths.join("|")));
     }
 }

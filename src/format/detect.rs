@@ -32,25 +32,30 @@ impl fmt::Display for DetectedFormat {
 }
 
 /// Layouts whose keys tell them from each other by how they begin.
-const FAMILIES: [AdapterFormat; 4] =
-    [AdapterFormat::Peft, AdapterFormat::Kohya, AdapterFormat::ComfyUi, AdapterFormat::Diffusers];
-
-/// Parts of keys of adapters that aren't LoRA, with what they belong to.
-const OTHER_KINDS: [(&str, &str); 8] = [
-    (".hada_", "LoHa"),
-    (".lokr_", "LoKr"),
-    (".oft_", "OFT"),
-    (".glora_", "GLoRA"),
-    (".vera_lambda", "VeRA"),
-    (".on_input", "IA3"),
-    (".lora_mid.", "a factored convolution (LoCon)"),
-    (".dora_scale", "DoRA as LyCORIS has it"),
+const FAMILIES: [AdapterFormat; 5] = [
+    AdapterFormat::Peft,
+    AdapterFormat::Kohya,
+    AdapterFormat::ComfyUi,
+    AdapterFormat::Lycoris,
+    AdapterFormat::Diffusers,
 ];
 
-/// Refuses keys of adapters that aren't LoRA, by name.
+/// Beginnings of the last parts of keys that no adapter here has, with what
+/// they belong to.
+const OTHER_KINDS: [(&str, &str); 7] = [
+    ("oft_", "OFT"),
+    ("glora_", "GLoRA"),
+    ("vera_lambda", "VeRA"),
+    ("on_input", "IA3"),
+    ("diff", "the whole difference of a weight, which would take the base's own place"),
+    ("w_norm", "the difference of a norm's weight"),
+    ("b_norm", "the difference of a norm's bias"),
+];
+
+/// Refuses keys of other adapters than LoRA, LoHa and LoKr, by name.
 pub(super) fn refuse_other_kinds<'k>(keys: impl Iterator<Item = &'k str> + Clone) -> Result<()> {
     let found = OTHER_KINDS.iter().filter_map(|(mark, kind)| {
-        let key = keys.clone().find(|key| key.contains(mark))?;
+        let key = keys.clone().find(|key| key.rsplit('.').next().is_some_and(|end| end.starts_with(mark)))?;
         Some(format!("{kind}, as in {key}"))
     });
     match found.collect::<Vec<_>>() {
@@ -62,7 +67,7 @@ pub(super) fn refuse_other_kinds<'k>(keys: impl Iterator<Item = &'k str> + Clone
 /// The layout of the file with these keys.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for adapters that aren't LoRA; [`Error::Corrupt`] for
+/// [`Error::Unsupported`] for adapters of other kinds; [`Error::Corrupt`] for
 /// no keys of a layout or keys of several; [`Error::Keys`] for keys of none
 /// among others.
 pub(super) fn detect<'k>(path: &Path, keys: impl Iterator<Item = &'k str> + Clone) -> Result<DetectedFormat> {
@@ -120,7 +125,7 @@ mod tests {
 
     #[test]
     fn keys_tell_the_layout() {
-        let cases: [(&[&str], AdapterFormat, &[&str]); 8] = [
+        let cases: [(&[&str], AdapterFormat, &[&str]); 12] = [
             (&["base_model.model.h.q.lora_A.weight"], AdapterFormat::Peft, &[""]),
             (&["transformer.b.0.to_q.lora_A.weight"], AdapterFormat::Diffusers, &["transformer"]),
             (&["b.0.to_q.lora_B.weight"], AdapterFormat::Diffusers, &[""]),
@@ -137,6 +142,14 @@ mod tests {
                 &["text_encoder", "unet"],
             ),
             (&["diffusion_model.b.lora_A.weight", "diffusion_model.b.alpha"], AdapterFormat::ComfyUi, &["transformer"]),
+            (
+                &["text_encoders.clip_l.transformer.a.lora_up.weight", "diffusion_model.b.lokr_w1"],
+                AdapterFormat::ComfyUi,
+                &["clip_l", "transformer"],
+            ),
+            (&["lycoris_b_0_to_q.lokr_w1", "lycoris_b_0_to_q.alpha"], AdapterFormat::Lycoris, &[""]),
+            (&["lora_unet_b.hada_w1_a", "lora_unet_b.dora_scale"], AdapterFormat::Kohya, &["unet"]),
+            (&["transformer.b.0.to_q.lokr_w2_a"], AdapterFormat::Diffusers, &["transformer"]),
         ];
         for (keys, format, components) in cases {
             let found = found(keys).unwrap();
@@ -150,13 +163,13 @@ mod tests {
     fn what_is_ambiguous_or_unknown_is_listed() {
         let error = found(&["lora_unet_x.lora_up.weight", "transformer.y.lora_A.weight"]).unwrap_err().to_string();
         assert!(error.contains("lora_unet_x.lora_up.weight") && error.contains("transformer.y"), "{error}");
-        let error = found(&["lora_unet_x.lora_up.weight", "lora_unet_x.diff", "betas"]).unwrap_err();
+        let error = found(&["lora_unet_x.lora_up.weight", "lora_unet_x.other", "betas"]).unwrap_err();
         let Error::Keys { unexpected, .. } = &error else { panic!("{error}") };
-        assert_eq!(unexpected, &["lora_unet_x.diff", "betas"]);
+        assert_eq!(unexpected, &["lora_unet_x.other", "betas"]);
         let error = found(&["model.embed.weight"]).unwrap_err().to_string();
         assert!(error.contains("model.embed.weight"), "{error}");
-        let error = found(&["lycoris_x.lokr_w1", "lora_unet_y.hada_w1_a"]).unwrap_err();
+        let error = found(&["lora_unet_x.on_input", "lora_unet_y.oft_blocks", "diffusion_model.z"]).unwrap_err();
         let Error::Unsupported { fields } = &error else { panic!("{error}") };
-        assert_eq!(fields, &["LoHa, as in lora_unet_y.hada_w1_a", "LoKr, as in lycoris_x.lokr_w1"]);
+        assert_eq!(fields, &["OFT, as in lora_unet_y.oft_blocks", "IA3, as in lora_unet_x.on_input"]);
     }
 }

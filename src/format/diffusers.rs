@@ -5,6 +5,10 @@
 //! ones name attention processors, which were modules of their own.
 
 use super::keys::{KeyLayout, PEFT_ENDS, Part};
+use super::safetensors;
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+use std::path::Path;
 
 /// Name of the tensors' file.
 pub(super) const WEIGHTS_FILE: &str = "pytorch_lora_weights.safetensors";
@@ -12,6 +16,17 @@ pub(super) const WEIGHTS_FILE: &str = "pytorch_lora_weights.safetensors";
 /// The entry of the header's metadata that holds each component's `LoraConfig`,
 /// as JSON, its keys after the component's name and a dot.
 pub(super) const METADATA_KEY: &str = "lora_adapter_metadata";
+
+/// That entry of a file, if it has one.
+///
+/// # Errors
+/// [`Error::Corrupt`] for anything but a JSON object.
+pub(super) fn recorded(path: &Path, bytes: &[u8]) -> Result<Option<Map<String, Value>>> {
+    let Some(text) = safetensors::metadata(path, bytes)?.remove(METADATA_KEY) else { return Ok(None) };
+    let fields = serde_json::from_str(&text)
+        .map_err(|error| Error::corrupt(path, format!("`{METADATA_KEY}` is not a JSON object ({error})")))?;
+    Ok(Some(fields))
+}
 
 /// The components of pipelines that adapters are loaded into.
 pub(super) const COMPONENTS: [&str; 11] = [
@@ -81,7 +96,8 @@ impl KeyLayout for Keys {
         match key.split_once('.') {
             Some((component, rest)) if COMPONENTS.contains(&component) => Some((component, rest)),
             // Those of other layouts.
-            Some(("diffusion_model" | "base_model", _)) => None,
+            Some(("diffusion_model" | "text_encoders" | "base_model", _)) => None,
+            Some((name, _)) if name.starts_with("lycoris_") => None,
             _ => Some(("", key)),
         }
     }
@@ -113,9 +129,20 @@ impl KeyLayout for Keys {
     }
 }
 
+/// The names of a module of CLIP's text model, the older one first.
+pub(super) fn clip_names(path: &str) -> Vec<String> {
+    let mut names = vec![path.to_string()];
+    match other_clip_name(path) {
+        Some(older) if older.starts_with("text_model.") => names.insert(0, older),
+        Some(newer) => names.push(newer),
+        None => {}
+    }
+    names
+}
+
 /// CLIP's text model lay in a module `text_model` until transformers 5 took
 /// that level away; files of both times are about.
-pub(super) fn other_clip_name(path: &str) -> Option<String> {
+fn other_clip_name(path: &str) -> Option<String> {
     match path.strip_prefix("text_model.") {
         Some(rest) => Some(rest.to_string()),
         None if path.starts_with("encoder.layers.") => Some(format!("text_model.{path}")),

@@ -92,7 +92,8 @@ impl AdapterFile {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Unsupported`] for an adapter that isn't LoRA;
+    /// [`Error::Io`]; [`Error::Unsupported`] for an adapter of another kind than
+    /// LoRA, LoHa and LoKr;
     /// [`Error::Corrupt`] for a file that is no adapter or has keys of more
     /// than one layout, [`Error::Keys`] for one with other keys among them.
     pub fn detect(&self) -> Result<DetectedFormat> {

@@ -1,6 +1,7 @@
 //! What a key of an adapter's file says: which module, and which part of it.
 
-use super::{AdapterFormat, comfyui, diffusers, kohya, peft};
+use super::{AdapterFormat, comfyui, diffusers, kohya, lycoris, peft};
+use std::fmt;
 
 /// What a tensor of an adapter is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -11,14 +12,53 @@ pub(crate) enum Part {
     B,
     /// (out).
     BBias,
+    /// A core (r, r, kernel…) between A (r, in, 1…) and B, as LyCORIS has it.
+    Mid,
     /// DoRA's m.
     Magnitude,
+    /// The same as LyCORIS has it, (out, 1…).
+    DoraScale,
     /// (r, rows) of a table.
     EmbeddingA,
     /// (dim, r) of a table.
     EmbeddingB,
+    /// LoHa's factors of its two halves.
+    HadaW1A,
+    HadaW1B,
+    HadaW2A,
+    HadaW2B,
+    /// Their cores, where the kernel is decomposed.
+    HadaT1,
+    HadaT2,
+    /// LoKr's W₁, whole or two factors.
+    LokrW1,
+    LokrW1A,
+    LokrW1B,
+    /// Its W₂, whole, two factors, or two and a core.
+    LokrW2,
+    LokrW2A,
+    LokrW2B,
+    LokrT2,
     /// One number: the scale is alpha / r.
     Alpha,
+}
+
+/// What an adapter is, told by its parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum AdapterKind {
+    Lora,
+    Loha,
+    Lokr,
+}
+
+impl fmt::Display for AdapterKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            AdapterKind::Lora => "LoRA",
+            AdapterKind::Loha => "LoHa",
+            AdapterKind::Lokr => "LoKr",
+        })
+    }
 }
 
 /// The ends of PEFT's keys, which other layouts of its time share.
@@ -31,15 +71,48 @@ pub(super) const PEFT_ENDS: [(&str, Part); 6] = [
     (".lora_embedding_B", Part::EmbeddingB),
 ];
 
+/// The ends of LoHa's and LoKr's keys, which are the same in all layouts.
+const LYCORIS_ENDS: [(&str, Part); 13] = [
+    (".hada_w1_a", Part::HadaW1A),
+    (".hada_w1_b", Part::HadaW1B),
+    (".hada_w2_a", Part::HadaW2A),
+    (".hada_w2_b", Part::HadaW2B),
+    (".hada_t1", Part::HadaT1),
+    (".hada_t2", Part::HadaT2),
+    (".lokr_w1", Part::LokrW1),
+    (".lokr_w1_a", Part::LokrW1A),
+    (".lokr_w1_b", Part::LokrW1B),
+    (".lokr_w2", Part::LokrW2),
+    (".lokr_w2_a", Part::LokrW2A),
+    (".lokr_w2_b", Part::LokrW2B),
+    (".lokr_t2", Part::LokrT2),
+];
+
+/// What LyCORIS adds to the keys of LoRA, in layouts that it is found in.
+pub(super) const LOCON_ENDS: [(&str, Part); 2] = [(".lora_mid.weight", Part::Mid), (".dora_scale", Part::DoraScale)];
+
 impl Part {
+    /// The kind of adapter that has such a part; none for alpha, which each may
+    /// have.
+    pub(super) fn kind(self) -> Option<AdapterKind> {
+        match self {
+            Part::Alpha => None,
+            _ if self < Part::HadaW1A => Some(AdapterKind::Lora),
+            _ if self < Part::LokrW1 => Some(AdapterKind::Loha),
+            _ => Some(AdapterKind::Lokr),
+        }
+    }
+
     /// The end of PEFT's key, without its dot; none for alpha, which stands in
     /// the configuration there.
     pub(super) fn peft_end(self) -> Option<&'static str> {
-        PEFT_ENDS.iter().find(|(_, part)| *part == self).map(|(end, _)| end.trim_start_matches('.'))
+        let mut ends = PEFT_ENDS.iter().chain(&LYCORIS_ENDS);
+        ends.find(|(_, part)| *part == self).map(|(end, _)| end.trim_start_matches('.'))
     }
 
     pub(super) fn of_peft_end(end: &str) -> Option<Self> {
-        PEFT_ENDS.iter().find(|(known, _)| known.trim_start_matches('.') == end).map(|(_, part)| *part)
+        let mut ends = PEFT_ENDS.iter().chain(&LYCORIS_ENDS);
+        ends.find(|(known, _)| known.trim_start_matches('.') == end).map(|(_, part)| *part)
     }
 }
 
@@ -56,7 +129,8 @@ pub(super) trait KeyLayout: Sync {
     /// written first.
     fn names(&self, component: &str, path: &str) -> Vec<String>;
 
-    /// The ends of keys. Of two that fit, the longer one counts.
+    /// The ends of keys but those of LoHa and LoKr. Of two that fit, the longer
+    /// one counts.
     fn ends(&self) -> &'static [(&'static str, Part)];
 }
 
@@ -67,6 +141,7 @@ impl AdapterFormat {
             AdapterFormat::Diffusers | AdapterFormat::DiffusersOld => &diffusers::Keys,
             AdapterFormat::Kohya => &kohya::Keys,
             AdapterFormat::ComfyUi => &comfyui::Keys,
+            AdapterFormat::Lycoris => &lycoris::Keys,
         }
     }
 }
@@ -96,7 +171,7 @@ pub(super) fn parse_in<'k>(layout: &dyn KeyLayout, key: &'k str, component: &str
 }
 
 fn split_end<'k>(layout: &dyn KeyLayout, rest: &'k str) -> Option<ParsedKey<'k>> {
-    let fits =
-        layout.ends().iter().filter_map(|(end, part)| Some(ParsedKey { name: rest.strip_suffix(end)?, part: *part }));
+    let ends = layout.ends().iter().chain(&LYCORIS_ENDS);
+    let fits = ends.filter_map(|(end, part)| Some(ParsedKey { name: rest.strip_suffix(end)?, part: *part }));
     fits.min_by_key(|parsed| parsed.name.len()).filter(|parsed| !parsed.name.is_empty())
 }

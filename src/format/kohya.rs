@@ -4,8 +4,8 @@
 //! an end with a dot: `lora_unet_mid_block_…_to_q.lora_down.weight`. The
 //! underscores can't be turned back: a base's modules tell what a name means.
 
-use super::diffusers::other_clip_name;
-use super::keys::{KeyLayout, Part};
+use super::diffusers::clip_names;
+use super::keys::{KeyLayout, LOCON_ENDS, Part};
 
 /// The components by what stands before their modules, as diffusers calls them.
 const COMPONENTS: [(&str, &str); 6] = [
@@ -17,7 +17,13 @@ const COMPONENTS: [(&str, &str); 6] = [
     ("lora_te3_", "text_encoder_3"),
 ];
 
-const ENDS: [(&str, Part); 3] = [(".lora_down.weight", Part::A), (".lora_up.weight", Part::B), (".alpha", Part::Alpha)];
+pub(super) const ENDS: [(&str, Part); 5] = [
+    (".lora_down.weight", Part::A),
+    (".lora_up.weight", Part::B),
+    (".alpha", Part::Alpha),
+    LOCON_ENDS[0],
+    LOCON_ENDS[1],
+];
 
 pub(super) struct Keys;
 
@@ -40,14 +46,8 @@ impl KeyLayout for Keys {
 
     /// sd-scripts knows CLIP's text model by its older paths.
     fn names(&self, component: &str, path: &str) -> Vec<String> {
-        let mut names = vec![path.to_string()];
-        if component.starts_with("text_encoder") {
-            match other_clip_name(path) {
-                Some(older) if older.starts_with("text_model.") => names.insert(0, older),
-                Some(newer) => names.push(newer),
-                None => {}
-            }
-        }
+        let of_clip = component.starts_with("text_encoder");
+        let names = if of_clip { clip_names(path) } else { vec![path.to_string()] };
         names.iter().map(|name| name.replace('.', "_")).collect()
     }
 

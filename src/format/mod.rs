@@ -9,9 +9,13 @@ mod detect;
 mod diffusers;
 mod file;
 mod flux;
+mod join;
 mod keys;
 mod kohya;
+mod kronecker;
+mod lycoris;
 mod mapping;
+mod parts;
 pub(crate) mod peft;
 mod read;
 mod resolve;
@@ -23,7 +27,7 @@ mod write;
 pub use detect::DetectedFormat;
 pub use file::AdapterFile;
 pub use mapping::{KeyMapping, KeyMappingBuilder};
-pub(crate) use read::{ReadAdapter, read};
+pub(crate) use read::{BaseLayer, ReadAdapter, read};
 pub(crate) use write::{Outgoing, OutgoingLayer, write};
 
 use crate::error::{Error, Result};
@@ -61,6 +65,9 @@ pub enum AdapterFormat {
     /// ComfyUI and ai-toolkit: `diffusion_model.….lora_A.weight`, with or
     /// without `….alpha`.
     ComfyUi,
+    /// LyCORIS' own wrapper, which SimpleTuner trains with:
+    /// `lycoris_….lokr_w1`, with `….alpha`.
+    Lycoris,
 }
 
 impl AdapterFormat {
@@ -72,6 +79,7 @@ impl AdapterFormat {
             AdapterFormat::DiffusersOld => "diffusers before PEFT",
             AdapterFormat::Kohya => "kohya",
             AdapterFormat::ComfyUi => "ComfyUI",
+            AdapterFormat::Lycoris => "LyCORIS",
         }
     }
 }

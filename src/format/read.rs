@@ -2,12 +2,13 @@
 
 use super::detect::{detect, refuse_other_kinds};
 use super::file::{AdapterFile, Found};
-use super::keys::{KeyLayout, Part};
-use super::resolve::{Module, resolve};
+use super::keys::{AdapterKind, KeyLayout, Part};
+use super::parts::Module;
+use super::resolve::resolve;
 use super::settings::{ModuleSettings, exact_config};
-use super::{AdapterFormat, diffusers, peft, safetensors};
+use super::{AdapterFormat, diffusers, kronecker, peft, safetensors};
 use crate::error::{Error, Result};
-use crate::lora::{AdapterConfig, LoraConfig, TargetModules};
+use crate::lora::{AdapterConfig, LayerSettings, LohaConfig, LoraConfig, TargetModules};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -28,25 +29,33 @@ pub(crate) struct ReadAdapter {
     pub(crate) names: BTreeMap<String, String>,
 }
 
-/// Reads an adapter for a base with `layers` at these paths.
+/// One layer of a base.
+#[derive(Debug, Clone)]
+pub(crate) struct BaseLayer<'a> {
+    pub(crate) path: &'a str,
+    /// The sizes of its weight, if there is a model.
+    pub(crate) sizes: Option<Vec<i64>>,
+}
+
+/// Reads an adapter for a base with these layers.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Corrupt`] and [`Error::Unsupported`] as
 /// [`AdapterFile::detect`] has them; [`Error::Config`] for a component that
 /// must be chosen; [`Error::Keys`] for keys without a module in the base.
-pub(crate) fn read(file: &AdapterFile, layers: &[&str]) -> Result<ReadAdapter> {
+pub(crate) fn read(file: &AdapterFile, layers: &[BaseLayer<'_>]) -> Result<ReadAdapter> {
     match file.find()? {
         Found::Peft(folder) => {
             let read = peft::read_config(&folder)?;
             let path = folder.join(peft::WEIGHTS_FILE);
             let tensors = safetensors::read(&path)?;
+            let peft::ReadConfig { config, unknown } = read;
             if file.key_mapping.is_empty() {
-                let peft::ReadConfig { config, unknown } = read;
                 let (format, names) = (AdapterFormat::Peft, BTreeMap::new());
                 return Ok(ReadAdapter { path, format, config, unknown, tensors, names });
             }
             let source = Source { path, format: AdapterFormat::Peft, component: String::new() };
-            source.read(file, layers, tensors, Some(read.lora()?))
+            source.read(file, layers, tensors, Some((config, unknown)))
         }
         Found::File(path) => {
             let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
@@ -66,7 +75,7 @@ pub(crate) fn read(file: &AdapterFile, layers: &[&str]) -> Result<ReadAdapter> {
                     return Err(Error::corrupt(&path, reason));
                 }
                 AdapterFormat::Diffusers | AdapterFormat::DiffusersOld => metadata(&path, &bytes, &component)?,
-                AdapterFormat::Kohya | AdapterFormat::ComfyUi => None,
+                AdapterFormat::Kohya | AdapterFormat::ComfyUi | AdapterFormat::Lycoris => None,
             };
             Source { path, format, component }.read(file, layers, tensors, config)
         }
@@ -100,12 +109,9 @@ pub(super) fn choose<'k>(
     })
 }
 
-/// The `LoraConfig` that diffusers wrote beside the tensors of a component.
+/// The configuration that diffusers wrote beside the tensors of a component.
 fn metadata(path: &Path, bytes: &[u8], component: &str) -> Result<Option<Given>> {
-    let Some(text) = safetensors::metadata(path, bytes)?.remove(diffusers::METADATA_KEY) else { return Ok(None) };
-    let fields: Map<String, Value> = serde_json::from_str(&text).map_err(|error| {
-        Error::corrupt(path, format!("`{}` is not a JSON object ({error})", diffusers::METADATA_KEY))
-    })?;
+    let Some(fields) = diffusers::recorded(path, bytes)? else { return Ok(None) };
     let prefix = if component.is_empty() { String::new() } else { format!("{component}.") };
     let own = fields.into_iter().filter_map(|(key, value)| Some((key.strip_prefix(&prefix)?.to_string(), value)));
     let mut own: Map<String, Value> = own.collect();
@@ -118,15 +124,15 @@ fn metadata(path: &Path, bytes: &[u8], component: &str) -> Result<Option<Given>>
     if !targets {
         own.insert("target_modules".into(), json!("all-linear"));
     }
-    let (mut config, unknown) = peft::config_from_fields(path, &own)?.lora()?;
+    let peft::ReadConfig { mut config, unknown } = peft::config_from_fields(path, &own)?;
     if !targets {
-        config.target_modules = None;
+        *config.placed_mut().target_modules = None;
     }
     Ok(Some((config, unknown)))
 }
 
 /// A configuration in the file, and the keys in it that we don't know.
-type Given = (LoraConfig, Vec<String>);
+type Given = (AdapterConfig, Vec<String>);
 
 /// A file of which the layout and the component are known.
 struct Source {
@@ -139,15 +145,33 @@ impl Source {
     fn read(
         self,
         file: &AdapterFile,
-        layers: &[&str],
+        layers: &[BaseLayer<'_>],
         tensors: BTreeMap<String, Tensor>,
         given: Option<Given>,
     ) -> Result<ReadAdapter> {
-        let renamed = file.key_mapping.apply(layers)?;
-        let modules = resolve(&self.path, self.format, &self.component, layers, &renamed, tensors)?;
+        let paths: Vec<&str> = layers.iter().map(|layer| layer.path).collect();
+        let renamed = file.key_mapping.apply(&paths)?;
+        let found = resolve(&self.path, self.format, &self.component, &paths, &renamed, tensors)?;
+        let mut modules = BTreeMap::new();
+        for (path, module) in found {
+            modules.insert(path, module.into_peft()?);
+        }
+        let kind = self.kind(&modules)?;
         let (config, unknown) = match given {
-            None => (self.config_of_tensors(layers, &modules)?, Vec::new()),
-            Some((config, unknown)) => (self.config(config, layers, &renamed, &modules)?, unknown),
+            None => (self.config_of_tensors(kind, layers, &paths, &modules)?, Vec::new()),
+            Some((config, unknown)) => {
+                let recorded = match config {
+                    AdapterConfig::Lora(_) => AdapterKind::Lora,
+                    AdapterConfig::Loha(_) => AdapterKind::Loha,
+                    AdapterConfig::Lokr(_) => AdapterKind::Lokr,
+                };
+                if recorded != kind {
+                    let of = config.peft_type();
+                    let reason = format!("the configuration in the file is of {of}, and its tensors are of {kind}");
+                    return Err(Error::corrupt(&self.path, reason));
+                }
+                (self.config(config, &paths, &renamed, &modules)?, unknown)
+            }
         };
         let (mut tensors, mut names) = (BTreeMap::new(), BTreeMap::new());
         for (path, module) in modules {
@@ -157,34 +181,60 @@ impl Source {
                 tensors.insert(peft::key(path, end), tensor);
             }
         }
-        Ok(ReadAdapter { path: self.path, format: self.format, config: config.into(), unknown, tensors, names })
+        Ok(ReadAdapter { path: self.path, format: self.format, config, unknown, tensors, names })
+    }
+
+    /// What all modules are.
+    fn kind(&self, modules: &BTreeMap<&str, Module>) -> Result<AdapterKind> {
+        let mut kinds = modules.values().filter_map(|module| Some((module.kind()?, &module.name)));
+        let (kind, first) = kinds.next().ok_or_else(|| Error::corrupt(&self.path, "no adapter of a module"))?;
+        match kinds.find(|(other, _)| *other != kind) {
+            None => Ok(kind),
+            Some((other, name)) => {
+                let several = format!("{kind} of {first} beside {other} of {name} in one adapter");
+                Err(Error::Unsupported { fields: vec![several] })
+            }
+        }
     }
 
     /// The configuration where the file has none: ranks by shape; alphas as
     /// they stand there, else the rank, as in diffusers.
-    fn config_of_tensors(&self, layers: &[&str], modules: &BTreeMap<&str, Module>) -> Result<LoraConfig> {
+    fn config_of_tensors(
+        &self,
+        kind: AdapterKind,
+        layers: &[BaseLayer<'_>],
+        paths: &[&str],
+        modules: &BTreeMap<&str, Module>,
+    ) -> Result<AdapterConfig> {
+        if kind == AdapterKind::Lokr {
+            let own = layers.iter().filter_map(|layer| Some((layer, modules.get(layer.path)?)));
+            let (config, settings) = kronecker::config(&own.collect::<Vec<_>>())?;
+            return exact_config(config, paths, &settings).validate();
+        }
         let mut settings = Vec::with_capacity(modules.len());
-        let (mut use_dora, mut lora_bias) = (false, false);
         for (path, module) in modules {
             let r = module.rank().unwrap_or(0);
-            // sd-scripts takes 0 for the rank too.
-            let lora_alpha = module.alpha()?.filter(|alpha| *alpha != 0.0).unwrap_or(r as f64);
-            settings.push(ModuleSettings { name: (*path).into(), r, lora_alpha });
-            use_dora |= module.parts.contains_key(&Part::Magnitude);
-            lora_bias |= module.parts.contains_key(&Part::BBias);
+            let lora_alpha = module.alpha()?.unwrap_or(r as f64);
+            settings.push(ModuleSettings { name: (*path).into(), r, lora_alpha, w1: None });
         }
-        let config = LoraConfig { use_dora, lora_bias, ..LoraConfig::default() };
-        exact_config(config, layers, &settings).validate()
+        let has = |part| modules.values().any(|module| module.parts.contains_key(&part));
+        let config: AdapterConfig = if kind == AdapterKind::Loha {
+            LohaConfig { use_effective_conv2d: has(Part::HadaT1), ..LohaConfig::default() }.into()
+        } else {
+            let (use_dora, lora_bias) = (has(Part::Magnitude), has(Part::BBias));
+            LoraConfig { use_dora, lora_bias, ..LoraConfig::default() }.into()
+        };
+        exact_config(config, paths, &settings).validate()
     }
 
     /// The configuration that the file has, in the base's own names.
     fn config(
         &self,
-        given: LoraConfig,
+        given: AdapterConfig,
         layers: &[&str],
         renamed: &[String],
         modules: &BTreeMap<&str, Module>,
-    ) -> Result<LoraConfig> {
+    ) -> Result<AdapterConfig> {
         self.check_complete(&given, layers, renamed, modules)?;
         let paths: Vec<&str> = modules.keys().copied().collect();
         let in_file = given.layer_settings(modules.values().map(|module| module.name.as_str()));
@@ -202,10 +252,11 @@ impl Source {
             if let (Some(alpha), Some((key, _))) = (alpha, module.parts.get(&Part::Alpha)) {
                 return Err(wrong("lora_alpha", &found.lora_alpha, key, &alpha));
             }
-            settings.push(ModuleSettings { name: path.to_string(), r: found.r, lora_alpha: found.lora_alpha });
+            let &LayerSettings { r, lora_alpha, w1, .. } = found;
+            settings.push(ModuleSettings { name: path.to_string(), r, lora_alpha, w1 });
         }
         // As it was written, where it means the same here.
-        if given.target_modules.is_some()
+        if given.selection().target_modules.is_some()
             && given.matched(layers.iter().copied())? == paths
             && given.layer_settings(paths) == in_file
         {
@@ -217,7 +268,7 @@ impl Source {
     /// Whether all modules that the configuration targets are in the file.
     fn check_complete(
         &self,
-        given: &LoraConfig,
+        given: &AdapterConfig,
         layers: &[&str],
         renamed: &[String],
         modules: &BTreeMap<&str, Module>,
@@ -226,7 +277,7 @@ impl Source {
         // PEFT takes a whole path for the last segments of a longer one as
         // well. The writer may not have meant that: it went by the keys.
         let mut whole = BTreeSet::new();
-        match &mut config.target_modules {
+        match config.placed_mut().target_modules {
             None => return Ok(()),
             Some(TargetModules::List(list)) => {
                 let (paths, ends) = std::mem::take(list).into_iter().partition(|entry| renamed.contains(entry));

@@ -1,42 +1,12 @@
 //! From the keys of a file to the modules of a base.
 
-use super::keys::{KeyLayout, Part, parse_in};
+use super::keys::{KeyLayout, parse_in};
+use super::parts::{Module, twice};
 use super::{AdapterFormat, flux, sgm};
 use crate::error::{Error, Result};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use tch::{Kind, Tensor};
-
-/// One module of the base that the file adapts.
-pub(super) struct Module {
-    /// Its name in the file.
-    pub(super) name: String,
-    /// The tensors with their keys.
-    pub(super) parts: BTreeMap<Part, (String, Tensor)>,
-}
-
-impl Module {
-    pub(super) fn rank_and_key(&self) -> Option<(&str, i64)> {
-        let (key, factor) = self.parts.get(&Part::A).or_else(|| self.parts.get(&Part::EmbeddingA))?;
-        Some((key, factor.size().first().copied().unwrap_or(0)))
-    }
-
-    pub(super) fn rank(&self) -> Option<i64> {
-        self.rank_and_key().map(|(_, r)| r)
-    }
-
-    pub(super) fn alpha(&self) -> Result<Option<f64>> {
-        let Some((key, alpha)) = self.parts.get(&Part::Alpha) else { return Ok(None) };
-        if alpha.numel() != 1 {
-            return Err(Error::Mismatch {
-                name: key.clone(),
-                expected: "one number".into(),
-                found: format!("{:?}", alpha.size()),
-            });
-        }
-        Ok(Some(alpha.f_to_kind(Kind::Double)?.f_flatten(0, -1)?.f_double_value(&[0])?))
-    }
-}
+use tch::Tensor;
 
 /// The tensors of a component by the modules of the base that they belong to.
 ///
@@ -54,7 +24,7 @@ pub(super) fn resolve<'b>(
 ) -> Result<BTreeMap<&'b str, Module>> {
     let layout = format.keys();
     let mut known = Names::new(layout, component, layers, renamed);
-    if matches!(format, AdapterFormat::Kohya | AdapterFormat::ComfyUi) {
+    if matches!(format, AdapterFormat::Kohya | AdapterFormat::ComfyUi | AdapterFormat::Lycoris) {
         known.add_original(layout, component, layers, renamed);
     }
     // Mostly one path; several for a layer of which they are the rows.
@@ -82,15 +52,7 @@ pub(super) fn resolve<'b>(
     }
     let mut missing = Vec::new();
     for module in found.values() {
-        for (one, other) in [(Part::A, Part::B), (Part::EmbeddingA, Part::EmbeddingB)] {
-            match (module.parts.get(&one), module.parts.get(&other)) {
-                (Some((key, _)), None) | (None, Some((key, _))) => missing.push(format!("the other half of {key}")),
-                _ => {}
-            }
-        }
-        if module.rank().is_none() {
-            unexpected.extend(module.parts.values().map(|(key, _)| key.clone()));
-        }
+        module.check(file, &mut missing, &mut unexpected)?;
     }
     if found.is_empty() && unexpected.is_empty() {
         missing.push(format!("any of the component {component:?}"));
@@ -110,41 +72,24 @@ pub(super) fn resolve<'b>(
     Ok(modules)
 }
 
-fn twice(file: &Path, one: &str, other: &str) -> Error {
-    Error::corrupt(file, format!("{one} and {other} are both for one part of a module"))
-}
-
-/// A layer whose rows are several modules: A and alpha for each, and B by rows.
-/// The first ones are as wide as the input, the last has what is left.
+/// A layer whose rows are several modules. The first ones are as wide as the
+/// input, the last has what is left.
 fn divide(paths: Vec<&str>, module: Module) -> Result<Vec<(&str, Module)>> {
     if let [path] = paths.as_slice() {
         return Ok(vec![(path, module)]);
     }
-    let sizes = |part| module.parts.get(&part).map(|(_, factor): &(String, Tensor)| factor.size());
-    let (rows, width) = match (sizes(Part::A).as_deref(), sizes(Part::B).as_deref()) {
-        (Some([_, width]), Some([rows, _])) => (*rows, *width),
-        _ => (0, 0),
-    };
-    let last = rows - width * (paths.len() as i64 - 1);
+    let [rows, width] = module.features().unwrap_or_default();
+    let last = width.checked_mul(paths.len() as i64 - 1).map_or(0, |first| rows - first);
     if width <= 0 || last <= 0 {
         let expected = format!("rows of {}, of which all but the last have the input's width", paths.join(", "));
         return Err(Error::Mismatch { name: module.name, expected, found: format!("{rows} rows, width {width}") });
     }
-    let mut divided = Vec::with_capacity(paths.len());
     let count = paths.len();
-    for (i, path) in paths.into_iter().enumerate() {
-        let mut parts = BTreeMap::new();
-        for (part, (key, tensor)) in &module.parts {
-            let length = if i + 1 == count { last } else { width };
-            let tensor = match part {
-                Part::B => tensor.f_narrow(0, width * i as i64, length)?,
-                _ => tensor.shallow_clone(),
-            };
-            parts.insert(*part, (key.clone(), tensor));
-        }
-        divided.push((path, Module { name: module.name.clone(), parts }));
-    }
-    Ok(divided)
+    let piece = |(i, path)| {
+        let length = if i + 1 == count { last } else { width };
+        Ok((path, module.rows(width * i as i64, length)?))
+    };
+    paths.into_iter().enumerate().map(piece).collect()
 }
 
 /// The modules of a base by the names that they may have in a file.

@@ -1,6 +1,6 @@
 //! Configurations that mean given modules and no others.
 
-use crate::lora::{LayerPattern, LoraConfig, TargetModules};
+use crate::lora::{AdapterConfig, LayerPattern, TargetModules};
 use std::collections::HashSet;
 
 /// Rank and alpha of one module.
@@ -10,24 +10,36 @@ pub(super) struct ModuleSettings {
     pub(super) name: String,
     pub(super) r: i64,
     pub(super) lora_alpha: f64,
+    /// The sizes of LoKr's W₁, where `decompose_factor` doesn't give them.
+    pub(super) w1: Option<[i64; 2]>,
 }
 
 /// `config` with targets, ranks and alphas of these modules, for a model that
 /// has `layers`. The most common rank and alpha become `r` and `lora_alpha`,
 /// the others go by patterns.
-pub(super) fn exact_config(mut config: LoraConfig, layers: &[&str], modules: &[ModuleSettings]) -> LoraConfig {
+pub(super) fn exact_config(
+    config: impl Into<AdapterConfig>,
+    layers: &[&str],
+    modules: &[ModuleSettings],
+) -> AdapterConfig {
+    let mut config = config.into();
     let exact = |name: &str| format!("^{}", regex::escape(name));
-    config.r = most_common(modules.iter().map(|module| module.r)).unwrap_or(config.r);
-    config.lora_alpha = most_common(modules.iter().map(|module| module.lora_alpha)).unwrap_or(config.lora_alpha);
-    let ranks = modules.iter().filter(|module| module.r != config.r);
-    config.rank_pattern = LayerPattern::new(ranks.map(|module| (exact(&module.name), module.r)));
-    let alphas = modules.iter().filter(|module| module.lora_alpha != config.lora_alpha);
-    config.alpha_pattern = LayerPattern::new(alphas.map(|module| (exact(&module.name), module.lora_alpha)));
+    if let AdapterConfig::Lokr(config) = &mut config {
+        let sizes = modules.iter().filter_map(|module| Some((exact(&module.name), module.w1?)));
+        config.method.w1_pattern = LayerPattern::new(sizes);
+    }
+    let placed = config.placed_mut();
+    *placed.r = most_common(modules.iter().map(|module| module.r)).unwrap_or(*placed.r);
+    *placed.alpha = most_common(modules.iter().map(|module| module.lora_alpha)).unwrap_or(*placed.alpha);
+    let ranks = modules.iter().filter(|module| module.r != *placed.r);
+    *placed.rank_pattern = LayerPattern::new(ranks.map(|module| (exact(&module.name), module.r)));
+    let alphas = modules.iter().filter(|module| module.lora_alpha != *placed.alpha);
+    *placed.alpha_pattern = LayerPattern::new(alphas.map(|module| (exact(&module.name), module.lora_alpha)));
 
-    config.target_modules = Some(target(layers, modules));
-    config.exclude_modules = None;
-    config.layers_to_transform = None;
-    config.layers_pattern = None;
+    *placed.target_modules = Some(target(layers, modules));
+    *placed.exclude_modules = None;
+    *placed.layers_to_transform = None;
+    *placed.layers_pattern = None;
     config
 }
 
@@ -58,9 +70,10 @@ fn most_common<T: Copy + PartialOrd>(values: impl Iterator<Item = T>) -> Option<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lora::LoraConfig;
 
     fn module(name: &str, r: i64, lora_alpha: f64) -> ModuleSettings {
-        ModuleSettings { name: name.into(), r, lora_alpha }
+        ModuleSettings { name: name.into(), r, lora_alpha, w1: None }
     }
 
     #[test]
@@ -71,15 +84,16 @@ mod tests {
         assert_eq!(config.matched(layers).unwrap(), ["b.0.q", "b.1.q", "proj_out"]);
         let found = config.layer_settings(["b.0.q", "b.1.q", "proj_out"]);
         assert_eq!(found.iter().map(|s| (s.r, s.lora_alpha)).collect::<Vec<_>>(), [(4, 2.0), (4, 8.0), (2, 8.0)]);
-        assert!(matches!(config.target_modules, Some(TargetModules::Regex(_))));
+        assert!(matches!(config.as_lora().unwrap().target_modules, Some(TargetModules::Regex(_))));
         let config = exact_config(LoraConfig::default(), &layers, &modules[..2]);
-        assert!(matches!(config.target_modules, Some(TargetModules::List(_))));
+        assert!(matches!(config.as_lora().unwrap().target_modules, Some(TargetModules::List(_))));
     }
 
     #[test]
     fn patterns_hold_what_is_rare() {
         let modules = [module("a", 4, 1.5), module("b", 2, 1.5), module("c", 2, 3.0)];
         let config = exact_config(LoraConfig::default(), &["a", "b", "c"], &modules);
+        let config = config.as_lora().unwrap();
         assert_eq!((config.r, config.lora_alpha), (2, 1.5));
         assert_eq!(config.rank_pattern.entries().collect::<Vec<_>>(), [("^a", 4)]);
         assert_eq!(config.alpha_pattern.entries().collect::<Vec<_>>(), [("^c", 3.0)]);

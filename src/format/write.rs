@@ -1,11 +1,11 @@
 //! An adapter in the layout of another program.
 
 use super::file::AdapterFile;
-use super::keys::Part;
+use super::keys::{AdapterKind, Part};
 use super::settings::{ModuleSettings, exact_config};
 use super::{AdapterFormat, diffusers, peft, safetensors, write_files};
 use crate::error::{Error, Result};
-use crate::lora::{Bias, LayerSettings, LoraConfig};
+use crate::lora::{AdapterConfig, Bias, LayerSettings};
 use serde_json::Map;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 /// An adapter on its way out.
 #[derive(Debug)]
 pub(crate) struct Outgoing<'a> {
-    pub(crate) config: &'a LoraConfig,
+    pub(crate) config: &'a AdapterConfig,
     pub(crate) layers: Vec<OutgoingLayer<'a>>,
     /// The paths of all layers of the base.
     pub(crate) base: Vec<&'a str>,
@@ -27,6 +27,13 @@ pub(crate) struct OutgoingLayer<'a> {
     pub(crate) settings: LayerSettings,
     /// With the ends of PEFT's keys.
     pub(crate) tensors: Vec<(&'static str, Tensor)>,
+}
+
+impl OutgoingLayer<'_> {
+    fn size(&self, part: Part) -> Option<Vec<i64>> {
+        let tensor = self.tensors.iter().find(|(end, _)| Part::of_peft_end(end) == Some(part));
+        tensor.map(|(_, tensor)| tensor.size())
+    }
 }
 
 /// Name of a file of which the program asks none.
@@ -46,7 +53,7 @@ pub(crate) fn write(file: &AdapterFile, format: AdapterFormat, adapter: &Outgoin
     let files = match format {
         AdapterFormat::Peft => vec![
             (peft::WEIGHTS_FILE.to_string(), safetensors::serialize(&writer.tensors(peft_end)?)?),
-            (peft::CONFIG_FILE.to_string(), peft::config_to_json(&writer.config().into())?),
+            (peft::CONFIG_FILE.to_string(), peft::config_to_json(&writer.config())?),
         ],
         AdapterFormat::Diffusers => {
             let metadata = BTreeMap::from([(diffusers::METADATA_KEY.to_string(), writer.metadata()?)]);
@@ -57,9 +64,9 @@ pub(crate) fn write(file: &AdapterFile, format: AdapterFormat, adapter: &Outgoin
             let end = |part| Some(format!("{stem}.{}.weight", down_or_up(part)?));
             vec![(name, safetensors::serialize(&writer.folded(end)?)?)]
         }
-        AdapterFormat::Kohya => {
-            let end = |part| Some(format!(".lora_{}.weight", down_or_up(part)?));
-            vec![(name, safetensors::serialize(&writer.with_alphas(end, true)?)?)]
+        AdapterFormat::Kohya | AdapterFormat::Lycoris => {
+            let tensors = writer.with_alphas(kohya_end, true)?;
+            vec![(name, safetensors::serialize(&tensors)?)]
         }
         AdapterFormat::ComfyUi => vec![(name, safetensors::serialize(&writer.with_alphas(peft_end, false)?)?)],
     };
@@ -67,7 +74,7 @@ pub(crate) fn write(file: &AdapterFile, format: AdapterFormat, adapter: &Outgoin
 }
 
 /// The folder, and the file in it.
-fn place(file: &AdapterFile, format: AdapterFormat) -> Result<(PathBuf, String)> {
+pub(super) fn place(file: &AdapterFile, format: AdapterFormat) -> Result<(PathBuf, String)> {
     let path = file.path();
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
     match (path.extension().is_some_and(|end| end == "safetensors"), name) {
@@ -89,36 +96,77 @@ fn place(file: &AdapterFile, format: AdapterFormat) -> Result<(PathBuf, String)>
 fn refuse_other_parts(format: AdapterFormat, adapter: &Outgoing<'_>) -> Result<()> {
     let config = adapter.config;
     let mut fields = Vec::new();
-    if !config.modules_to_save().is_empty() {
-        fields.push(format!("modules_to_save = {:?}", config.modules_to_save()));
+    let whole = config.selection().modules_to_save;
+    if !whole.is_empty() {
+        fields.push(format!("modules_to_save = {whole:?}"));
     }
-    if config.bias != Bias::None {
-        fields.push(format!("bias = {:?}", config.bias));
+    if config.bias() != Bias::None {
+        fields.push(format!("bias = {:?}", config.bias()));
     }
-    if config.trainable_token_indices.is_some() {
-        fields.push("trainable_token_indices".into());
+    let with_config = matches!(format, AdapterFormat::Peft | AdapterFormat::Diffusers);
+    if let Some(config) = config.as_lora() {
+        if config.trainable_token_indices.is_some() {
+            fields.push("trainable_token_indices".into());
+        }
+        let init = config.init_lora_weights;
+        if init.changes_base() && !with_config {
+            let init = init.name().unwrap_or_default();
+            fields.push(format!(
+                "init_lora_weights = {init:?}, which changed the base (`save_as_lora` makes plain LoRA of it)"
+            ));
+        }
     }
-    let init = config.init_lora_weights;
-    if init.changes_base() && !matches!(format, AdapterFormat::Peft | AdapterFormat::Diffusers) {
-        let init = init.name().unwrap_or_default();
-        fields.push(format!(
-            "init_lora_weights = {init:?}, which changed the base (`save_as_lora` makes plain LoRA of it)"
-        ));
-    }
-    let only_factors = !matches!(format, AdapterFormat::Peft | AdapterFormat::Diffusers);
-    for layer in adapter.layers.iter().filter(|_| only_factors) {
-        let rank = |part: &str, dim| {
-            let factor = layer.tensors.iter().find(|(end, _)| *end == part);
-            factor.and_then(|(_, tensor)| tensor.size().get(dim).copied())
-        };
-        let other = layer.tensors.iter().find(|(end, _)| !["lora_A.weight", "lora_B.weight"].contains(end));
-        if let Some((end, _)) = other {
+    for layer in adapter.layers.iter().filter(|_| format != AdapterFormat::Peft) {
+        let size = |part: Part, dim| layer.size(part).and_then(|sizes| sizes.get(dim).copied());
+        let mut parts = layer.tensors.iter().map(|(end, _)| (*end, Part::of_peft_end(end)));
+        if let Some((end, _)) = parts.find(|(_, part)| part.is_none_or(|part| !holds(format, part))) {
             fields.push(format!("{end} of {} in the layout of {format}", layer.path));
-        } else if rank("lora_A.weight", 0) != rank("lora_B.weight", 1) {
+        } else if !with_config && size(Part::A, 0) != size(Part::B, 1) {
             fields.push(format!("a convolution in groups ({}) in the layout of {format}", layer.path));
+        } else if !with_config && of_one_dimension(layer) {
+            // The same tensors mean another product there.
+            let path = layer.path;
+            fields.push(format!("a convolution over one dimension by {} ({path})", config.peft_type()));
         }
     }
     if fields.is_empty() { Ok(()) } else { Err(Error::Unsupported { fields }) }
+}
+
+/// Whether a layout has keys for such a part.
+fn holds(format: AdapterFormat, part: Part) -> bool {
+    let kind = part.kind();
+    match format {
+        AdapterFormat::Peft => true,
+        // diffusers loads no LoHa.
+        AdapterFormat::Diffusers => kind != Some(AdapterKind::Loha),
+        AdapterFormat::DiffusersOld => matches!(part, Part::A | Part::B),
+        AdapterFormat::Kohya | AdapterFormat::ComfyUi => {
+            matches!(part, Part::A | Part::B) || kind != Some(AdapterKind::Lora)
+        }
+        AdapterFormat::Lycoris => {
+            matches!(part, Part::A | Part::B | Part::Magnitude) || kind != Some(AdapterKind::Lora)
+        }
+    }
+}
+
+/// Whether LoHa or LoKr has a whole or decomposed kernel over one dimension, or
+/// one that looks like it.
+fn of_one_dimension(layer: &OutgoingLayer<'_>) -> bool {
+    let core = [Part::HadaT1, Part::LokrT2].into_iter().find_map(|part| layer.size(part));
+    core.is_some_and(|sizes| sizes.last() == Some(&1)) || layer.size(Part::LokrW2).is_some_and(|sizes| sizes.len() == 3)
+}
+
+/// kohya's ends, with LyCORIS' for what kohya's trainer lacks.
+fn kohya_end(part: Part) -> Option<String> {
+    match part {
+        Part::Magnitude => Some(".dora_scale".into()),
+        _ => down_or_up(part).map(|half| format!(".lora_{half}.weight")).or_else(|| lycoris_end(part)),
+    }
+}
+
+/// The ends of LoHa and LoKr, which all layouts share.
+fn lycoris_end(part: Part) -> Option<String> {
+    part.kind().filter(|kind| *kind != AdapterKind::Lora).and_then(|_| peft_end(part))
 }
 
 fn peft_end(part: Part) -> Option<String> {
@@ -155,6 +203,10 @@ impl<'a> Writer<'a> {
             }
             (None, _) => String::new(),
         };
+        if format == AdapterFormat::ComfyUi && component.starts_with("text_encoder") {
+            let expected = "ComfyUI's own name of the text encoder: clip_l, clip_g, t5xxl, …";
+            return Err(Error::config("component", expected, component));
+        }
         let renamed = file.key_mapping.apply(&adapter.base)?;
         let own = |name: &String| layout.names(&component, name).into_iter().next().unwrap_or_default();
         let base: Vec<String> = renamed.iter().map(own).collect();
@@ -187,7 +239,16 @@ impl<'a> Writer<'a> {
         for (name, layer) in self.layers() {
             for (peft_end, tensor) in &layer.tensors {
                 let Some(end) = Part::of_peft_end(peft_end).and_then(&end) else { continue };
-                tensors.insert(format!("{}{name}{end}", self.prefix), tensor.shallow_clone());
+                let tensor = match (end.as_str(), tensor.size().iter().max(), layer.size(Part::A)) {
+                    // One value for each output, with the weight's dimensions.
+                    (".dora_scale", Some(&rows), Some(of_a)) => {
+                        let mut sizes = vec![1; of_a.len()];
+                        sizes[0] = rows;
+                        tensor.f_reshape(sizes)?
+                    }
+                    _ => tensor.shallow_clone(),
+                };
+                tensors.insert(format!("{}{name}{end}", self.prefix), tensor);
             }
         }
         Ok(tensors)
@@ -197,11 +258,18 @@ impl<'a> Writer<'a> {
     /// it is the rank, so that such need not be written.
     fn with_alphas(&self, end: impl Fn(Part) -> Option<String>, all: bool) -> Result<BTreeMap<String, Tensor>> {
         let mut tensors = self.tensors(end)?;
-        let use_rslora = self.adapter.config.use_rslora;
+        let use_rslora = self.adapter.config.as_lora().is_some_and(|config| config.use_rslora);
         for (name, layer) in self.layers() {
             let settings = layer.settings;
             // With rsLoRA s is alpha / √r.
-            let alpha = if use_rslora { settings.scaling * settings.r as f64 } else { settings.lora_alpha };
+            let mut alpha = if use_rslora { settings.scaling * settings.r as f64 } else { settings.lora_alpha };
+            if let Some(w1) = tensors.get_mut(&format!("{}{name}.lokr_w1", self.prefix))
+                && layer.size(Part::LokrW2).is_some()
+            {
+                // Of whole factors readers leave alpha aside.
+                *w1 = w1.f_to_kind(Kind::Float)?.f_mul_scalar(settings.scaling)?;
+                alpha = settings.r as f64;
+            }
             if alpha == settings.r as f64 && !all {
                 continue;
             }
@@ -227,9 +295,9 @@ impl<'a> Writer<'a> {
     }
 
     /// The configuration in the names of the file.
-    fn config(&self) -> LoraConfig {
+    fn config(&self) -> AdapterConfig {
         let mut config = self.adapter.config.clone();
-        config.other.insert("inference_mode".into(), true.into());
+        config.other_mut().insert("inference_mode".into(), true.into());
         if self.base.iter().zip(&self.adapter.base).all(|(name, path)| name == path) {
             return config;
         }
@@ -237,6 +305,7 @@ impl<'a> Writer<'a> {
             name: name.clone(),
             r: layer.settings.r,
             lora_alpha: layer.settings.lora_alpha,
+            w1: layer.settings.w1,
         });
         let base: Vec<&str> = self.base.iter().map(String::as_str).collect();
         exact_config(config, &base, &settings.collect::<Vec<_>>())

@@ -1,16 +1,16 @@
 //! The adapted linear: y = x·Wᵀ + bias + s · (drop(x)·Aᵀ·Bᵀ + b), as one node.
 //!
-//! All products run in the dtype of x; A and B, which may be wider, are cast to
-//! it. Saved for the backward pass: x, u = drop(x)·Aᵀ, A, B and, with dropout,
+//! The base's products run in the dtype of x, and so do those of A and B, unless
+//! they are done [by hand](super::products). Saved for the backward pass: x, u = drop(x)·Aᵀ, A, B and, with dropout,
 //! the mask as one byte per element. W stays packed.
 
 use super::dropout::{add_kept, draw_mask, keep};
 use super::factors::Factors;
 use super::layer::{Factored, OutputChannels, foreign};
+use super::products::Products;
 use crate::base::Adapter;
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
-use crate::ffi::compute::add_product;
 use crate::ffi::hook::Operator;
 use crate::quant::frozen::frozen;
 use crate::quant::linear::{Like, Rows, as_matrix, bias_gradient};
@@ -108,6 +108,7 @@ pub(super) fn adapted(map: LinearMap, x: &Tensor, bias: Option<&Tensor>, low_ran
     let LowRank { a, b, bias: b_bias, scaling, dropout: p } = low_rank;
     let (scaling, p) = (*scaling, *p);
     let rows = Rows::new(map.inn(), x)?;
+    let products = if p == 0.0 { Products::of(&rows.matrix, a, b)? } else { Products::Libtorch };
     let (y, u, mask) = {
         let _no_grad = tch::no_grad_guard();
         let x = &rows.matrix;
@@ -115,8 +116,8 @@ pub(super) fn adapted(map: LinearMap, x: &Tensor, bias: Option<&Tensor>, low_ran
         let mut y = map.apply(x, bias)?;
         let mask = if p == 0.0 { None } else { Some(draw_mask(x, p)?) };
         let dropped = mask.as_ref().map_or(Ok(x.shallow_clone()), |mask| keep(x, mask))?;
-        let u = dropped.f_mm(&a.f_to_kind(kind)?.f_tr()?)?;
-        add_product(&mut y, &u, &b.f_to_kind(kind)?.f_tr()?, 1.0, scaling / (1.0 - p))?;
+        let u = products.down(&dropped, a)?;
+        products.add_up(&mut y, &u, b, scaling / (1.0 - p))?;
         if let Some(bias) = b_bias {
             let _ = y.f_add_(&bias.f_mul_scalar(scaling)?.f_to_kind(kind)?)?;
         }
@@ -127,6 +128,7 @@ pub(super) fn adapted(map: LinearMap, x: &Tensor, bias: Option<&Tensor>, low_ran
     if autograd::needs_grad(&inputs) {
         let node = LoraNode {
             map,
+            products,
             x: Like::new(x)?,
             kind: a.f_kind()?,
             scaling: scaling / (1.0 - p),
@@ -141,6 +143,7 @@ pub(super) fn adapted(map: LinearMap, x: &Tensor, bias: Option<&Tensor>, low_ran
 
 struct LoraNode {
     map: LinearMap,
+    products: Products,
     x: Like,
     /// The dtype of A and B.
     kind: Kind,
@@ -149,15 +152,6 @@ struct LoraNode {
     /// The dtype and the factor of each bias, the layer's and B's.
     bias: Option<(Kind, f64)>,
     b_bias: Option<(Kind, f64)>,
-}
-
-impl LoraNode {
-    /// s · a · b.
-    fn scaled(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-        let mut product = Tensor::f_empty([a.size2()?.0, b.size2()?.1], (a.f_kind()?, a.device()))?;
-        add_product(&mut product, a, b, 0.0, self.scaling)?;
-        Ok(product)
-    }
 }
 
 impl Backward for LoraNode {
@@ -170,25 +164,25 @@ impl Backward for LoraNode {
         let kind = x.f_kind()?;
         let grad = as_matrix(grad, self.map.out())?.f_to_kind(kind)?;
 
+        let (products, s) = (self.products, self.scaling);
         let mut grads = vec![None, None, None];
         if needs(0) || needs(1) {
-            let w = grad.f_mm(&b.f_to_kind(kind)?)?;
+            let w = products.up_transposed(&grad, b)?;
             if needs(0) {
                 let mut dx = self.map.adjoint(&grad)?;
-                let a = a.f_to_kind(kind)?;
                 match mask {
-                    None => add_product(&mut dx, &w, &a, 1.0, self.scaling)?,
-                    Some(mask) => add_kept(&mut dx, &self.scaled(&w, &a)?, mask)?,
+                    None => products.add_down_transposed(&mut dx, &w, a, s)?,
+                    Some(mask) => add_kept(&mut dx, &products.scaled(&w.f_tr()?, &a.f_to_kind(kind)?, s)?, mask)?,
                 }
                 grads[0] = Some(self.x.shaped(&dx)?);
             }
             if needs(1) {
                 let kept = mask.map_or(Ok(x.shallow_clone()), |mask| keep(x, mask))?;
-                grads[1] = Some(self.scaled(&w.f_tr()?, &kept)?.f_to_kind(self.kind)?);
+                grads[1] = Some(products.scaled(&w, &kept, s)?.f_to_kind(self.kind)?);
             }
         }
         if needs(2) {
-            grads[2] = Some(self.scaled(&grad.f_tr()?, u)?.f_to_kind(self.kind)?);
+            grads[2] = Some(products.scaled(&grad, u, s)?.f_to_kind(self.kind)?);
         }
         for (kind, factor) in self.bias.iter().chain(&self.b_bias) {
             let wanted = needs(grads.len());

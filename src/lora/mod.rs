@@ -13,6 +13,7 @@ mod layer;
 mod linear;
 mod lycoris;
 mod parameter;
+mod products;
 mod qalora;
 mod replace;
 mod target;
@@ -29,11 +30,11 @@ pub(crate) use config::{FOREIGN, Selection};
 pub use init::data::{CordaConfig, CordaMethod, EvaConfig, LoraGaConfig, LoraGaDirection, LoraGaScale};
 pub(crate) use init::data::{Covariance, Eva, LayerData, Observer};
 pub(crate) use layer::{Built, LayerForm, LayerSpec, LoraLayer, Switches};
-pub(crate) use lycoris::layer as lycoris_layer;
 pub use lycoris::{
     Loha, LohaConfig, LohaConfigBuilder, Lokr, LokrConfig, LokrConfigBuilder, LokrInit, LycorisConfig,
     LycorisConfigBuilder,
 };
+pub(crate) use lycoris::{is_low, layer as lycoris_layer, left_sizes};
 pub(crate) use replace::{Replacement, Use};
 pub(crate) use target::{resolve, resolve_parameters};
 pub(crate) use tied::Tied;

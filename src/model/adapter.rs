@@ -1,16 +1,16 @@
 //! One named adapter: the weights that it changes, and its tensors.
 
 use super::NamedParameter;
-use super::targets::{Target, Wrapped, targets};
-use super::tied;
-use crate::base::{Adapter, Base, Site, WeightRole};
+use super::saved::{Saved, saved};
+use super::targets::{Target, targets};
+use super::tokens::{Tokens, tokens};
+use crate::base::{Adapter, Base, Site};
 use crate::error::{Error, Result};
 use crate::format::{LoadReport, peft};
 use crate::lora::{
-    self, AdapterConfig, Bias, Built, InitLoraWeights, LayerData, LayerForm, LayerSettings, LayerSpec, LoraConfig,
-    LoraLayer, Replacement, Switches, Tied, TokenIndices, TokenRows, Use,
+    self, AdapterConfig, Built, InitLoraWeights, LayerData, LayerForm, LayerSettings, LayerSpec, LoraConfig, LoraLayer,
+    Switches, Tied,
 };
-use crate::names;
 use crate::quant::PackedWeight;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -52,11 +52,13 @@ pub(super) struct NamedAdapter {
 pub(super) struct Init<'a> {
     pub(super) init: InitLoraWeights,
     pub(super) data: Option<&'a HashMap<String, Arc<LayerData>>>,
+    /// The largest rank that the file has tensors for, where they come from one.
+    pub(super) largest_rank: Option<i64>,
 }
 
 impl From<InitLoraWeights> for Init<'_> {
     fn from(init: InitLoraWeights) -> Self {
-        Init { init, data: None }
+        Init { init, data: None, largest_rank: None }
     }
 }
 
@@ -73,26 +75,6 @@ pub(super) struct Layer {
     pub(super) lora: Arc<dyn LoraLayer>,
     /// As the configuration says.
     pub(super) settings: LayerSettings,
-}
-
-/// A full copy of one weight.
-#[derive(Debug)]
-pub(super) struct Saved {
-    /// Its key in a file.
-    pub(super) key: String,
-    /// Paths of modules whose weight is tied to it.
-    pub(super) outputs: Vec<String>,
-    pub(super) site: Arc<Site>,
-    pub(super) copy: Arc<Replacement>,
-}
-
-/// Trained rows of one table.
-#[derive(Debug)]
-pub(super) struct Tokens {
-    pub(super) path: String,
-    pub(super) site: Arc<Site>,
-    pub(super) rows: Vec<i64>,
-    pub(super) value: Arc<TokenRows>,
 }
 
 impl NamedAdapter {
@@ -113,6 +95,14 @@ impl NamedAdapter {
         let mut residuals = Vec::new();
         let mut layers: Vec<Layer> = Vec::with_capacity(targets.all.len());
         for target in targets.all {
+            // LoKr's factors grow with the weight only.
+            let LayerSettings { r, .. } = target.settings;
+            if let Some(most) = init.largest_rank.filter(|most| r > *most)
+                && !matches!(config, AdapterConfig::Lokr(_))
+            {
+                let expected = format!("at most {most}, the largest size in the file");
+                return Err(Error::config("r", expected, format!("{r} for {}", target.path)));
+            }
             let site = target.weight.site_or_attach()?;
             // A tied weight may have one adapter for each of its uses.
             let form_of_use = target.form == LayerForm::Embedding;
@@ -297,137 +287,4 @@ fn layer_spec(
         data: init.data.and_then(|data| data.get(path)).cloned(),
         kind: config.dtype,
     })
-}
-
-/// The tables of which rows are trained.
-fn tokens<M>(base: &Base<M>, config: &LoraConfig, switches: &Arc<Switches>) -> Result<Vec<Tokens>> {
-    let tables: Vec<_> = base.weights().layers().filter(|(_, weight)| weight.role == WeightRole::Embedding).collect();
-    let none = |entry: &str| Error::NoTarget {
-        target: entry.into(),
-        near: names::near(entry, tables.iter().map(|(path, _)| *path)),
-    };
-    let wanted: Vec<(String, Vec<i64>)> = match &config.trainable_token_indices {
-        None => return Ok(Vec::new()),
-        Some(TokenIndices::Modules(modules)) => modules.clone().into_iter().collect(),
-        // The input embedding: the one that transformers calls so, or the only one.
-        Some(TokenIndices::Input(rows)) => match tables.as_slice() {
-            [(only, _)] => vec![(only.to_string(), rows.clone())],
-            _ => vec![("embed_tokens".into(), rows.clone())],
-        },
-    };
-    let mut tokens: Vec<Tokens> = Vec::new();
-    let mut outputs = Vec::new();
-    for (entry, rows) in wanted {
-        let found: Vec<_> = tables.iter().filter(|(path, _)| names::suffix_matches(path, &entry)).collect();
-        if found.is_empty()
-            && let Some(table) = tied_table(base, &entry)
-        {
-            outputs.push((entry, table, rows));
-            continue;
-        }
-        if found.is_empty() {
-            return Err(none(&entry));
-        }
-        for (path, weight) in found {
-            let site = weight.site_or_attach()?;
-            if tokens.iter().any(|other| Arc::ptr_eq(&other.site, &site)) {
-                return Err(Error::config("trainable_token_indices", "each table once", path));
-            }
-            let table = site.frozen();
-            let value = TokenRows::new(path, table.as_ref(), &rows, config.dtype, Arc::clone(switches))?;
-            tokens.push(Tokens { path: path.to_string(), site, rows: rows.clone(), value: Arc::new(value) });
-        }
-    }
-    // An output layer that is tied to a table follows it.
-    for (entry, table, rows) in outputs {
-        let same = |tokens: &&Tokens| tokens.path == table && tokens.rows == rows;
-        if tokens.iter().find(same).is_none() {
-            let expected = format!("the same rows as of {table}, to which it is tied");
-            return Err(Error::config("trainable_token_indices", expected, format!("{rows:?} of {entry}")));
-        }
-    }
-    Ok(tokens)
-}
-
-/// The table that the weight of an output layer is tied to.
-fn tied_table<'a, M>(base: &'a Base<M>, entry: &str) -> Option<&'a str> {
-    let named =
-        |weight: &&crate::base::Weight| weight.module_path().is_some_and(|path| names::suffix_matches(path, entry));
-    let weight = base.weights().iter().filter(named).find(|weight| weight.tied.is_some())?;
-    tied::source(base.weights(), weight)?.module_path()
-}
-
-/// Copies of the weights that `modules_to_save` and `bias` mean; `targets` are
-/// the adapted modules.
-fn saved<M>(
-    base: &Base<M>,
-    config: &AdapterConfig,
-    targets: &HashSet<&str>,
-    wrapped: &Wrapped,
-    switches: &Arc<Switches>,
-) -> Result<Vec<Saved>> {
-    let (entries, bias) = (config.selection().modules_to_save, config.bias());
-    if entries.is_empty() && bias == Bias::None {
-        return Ok(Vec::new());
-    }
-    let module = |name: &str| name.rsplit_once('.').map_or(String::new(), |(module, _)| module.to_string());
-    let mut used = HashSet::new();
-    let mut saved = Vec::new();
-    for weight in base.weights().iter() {
-        let path = module(&weight.name);
-        let entry = entries.iter().find(|entry| names::is_within(&path, entry));
-        let end = weight.name.rsplit('.').next().unwrap_or_default();
-        let (targeted, is_wrapped) = (targets.contains(path.as_str()), wrapped.contains(&path));
-        let key = match (entry, bias) {
-            (Some(entry), _) => {
-                used.insert(entry);
-                wrapped.key(&path, end)
-            }
-            (None, Bias::All | Bias::LoraOnly) if end == "bias" && targeted && !is_wrapped => {
-                wrapped.key(&path, "base_layer.bias")
-            }
-            (None, Bias::LoraOnly) if end == "bias" && is_wrapped => wrapped.key(&path, end),
-            (None, Bias::All) if end == "bias" => wrapped.key(&path, end),
-            _ => continue,
-        };
-        if !weight.tensor.is_floating_point() || end.starts_with("running_") {
-            let found = format!("{}, which training writes into", weight.name);
-            return Err(Error::config("modules_to_save", "modules without running statistics", found));
-        }
-        let tied = tied::others(base.weights(), weight);
-        let (weight, key, part) = match tied::source(base.weights(), weight) {
-            Some(source) if !tied.is_empty() && entry.is_some() && config.ensure_weight_tying() => {
-                (source, wrapped.key(source.module_path().unwrap_or_default(), "weight"), Use::All)
-            }
-            Some(source) if !tied.is_empty() => {
-                tracing::warn!(weight = weight.name, "a tied weight is trained in one of its uses only");
-                (weight, key, if source.name == weight.name { Use::Lookups } else { Use::Products })
-            }
-            _ => (weight, key, Use::All),
-        };
-        if part == Use::All && saved.iter().any(|other: &Saved| other.key == key) {
-            continue;
-        }
-        let outputs = match part {
-            Use::All if !tied.is_empty() => tied::others(base.weights(), weight),
-            _ => Vec::new(),
-        };
-        let outputs = outputs.iter().filter_map(|other| Some(other.module_path()?.to_string())).collect();
-        let site = weight.site_or_attach()?;
-        let copy = Arc::new(Replacement::new(site.frozen().as_ref(), part, config.dtype(), Arc::clone(switches))?);
-        saved.push(Saved { key, outputs, site, copy });
-    }
-    // PEFT adds entries by the task that a model need not have.
-    match entries.iter().find(|entry| !used.contains(entry)) {
-        Some(entry) if used.is_empty() => {
-            let paths: Vec<String> = base.weights().iter().map(|weight| module(&weight.name)).collect();
-            let near = names::near(entry, paths.iter().map(String::as_str));
-            Err(Error::NoTarget { target: entry.clone(), near })
-        }
-        Some(entry) => {
-            tracing::warn!(entry, "modules_to_save names a module that the base doesn't have");
-            Ok(saved)
-        }
-        None => Ok(saved),
-    }
 }

@@ -95,7 +95,8 @@ fn build<M, B>(
         }
     };
     drop(observed);
-    let mut adapter = NamedAdapter::build(DEFAULT, base, config.into(), Init { init, data: Some(&data) }, switches)?;
+    let init = Init { init, data: Some(&data), largest_rank: None };
+    let mut adapter = NamedAdapter::build(DEFAULT, base, config.into(), init, switches)?;
     adapter.keep_initial()?;
     Ok(adapter)
 }

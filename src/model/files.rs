@@ -1,12 +1,13 @@
 //! Adapters to and from PEFT's folders.
 
-use super::adapter::{DEFAULT, Layer, NamedAdapter};
+use super::adapter::{DEFAULT, Init, Layer, NamedAdapter};
 use super::{LoraModel, NamedParameter};
 use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::ffi::bytes::copy_all;
 use crate::format::{
-    self, AdapterFile, AdapterFormat, LoadReport, Outgoing, OutgoingLayer, ReadAdapter, peft, safetensors, write_files,
+    self, AdapterFile, AdapterFormat, BaseLayer, LoadReport, Outgoing, OutgoingLayer, ReadAdapter, peft, safetensors,
+    write_files,
 };
 use crate::lora::{InitLoraWeights, Switches};
 use crate::quant::check_finite;
@@ -283,7 +284,7 @@ impl<M> LoraModel<M> {
             .iter()
             .map(|layer| Ok(OutgoingLayer { path: &layer.path, settings: layer.settings, tensors: tensors(layer)? }));
         let adapter = Outgoing {
-            config: adapter.lora_config("another program's layout")?,
+            config: &adapter.config,
             layers: layers.collect::<Result<_>>()?,
             base: self.base.weights().layers().map(|(path, _)| path).collect(),
         };
@@ -329,7 +330,8 @@ impl NamedAdapter {
 
 /// The adapter in a file or folder, beside the base.
 fn read<M>(name: &str, base: &Base<M>, file: &AdapterFile, switches: &Arc<Switches>) -> Result<NamedAdapter> {
-    let layers: Vec<&str> = base.weights().layers().map(|(path, _)| path).collect();
+    let sized = |(path, weight): (_, &crate::base::Weight)| BaseLayer { path, sizes: Some(weight.tensor.size()) };
+    let layers: Vec<BaseLayer<'_>> = base.weights().layers().map(sized).collect();
     let ReadAdapter { path, format, config, unknown, mut tensors, names } = format::read(file, &layers)?;
     config.check_supported()?;
     let base_copies = take_base_copies(base, &mut tensors)?;
@@ -337,6 +339,9 @@ fn read<M>(name: &str, base: &Base<M>, file: &AdapterFile, switches: &Arc<Switch
     // `false` alone would cost a second draw. But what an initialisation took
     // out of the base must be taken out again.
     let init = Some(super::init_of(&config)).filter(|init| init.changes_base()).unwrap_or(InitLoraWeights::Default);
+    // No memory is taken for ranks that the file can't have.
+    let largest_rank = tensors.values().flat_map(Tensor::size).max().or(Some(0));
+    let init = Init { init, data: None, largest_rank };
     let mut adapter = NamedAdapter::build(name, base, config, init, switches)?;
     adapter.take_tied(&mut tensors)?;
     let parameters = adapter.tensors();

@@ -43,6 +43,8 @@ impl<M> LoraModel<M> {
     /// its own adapter, in one pass: `names` has one entry for each row,
     /// [`BASE_ROW`] for none. The active adapters take no part meanwhile.
     ///
+    /// Rows of one adapter that lie one after the other are the fastest.
+    ///
     /// The batch is the first dimension of every adapted layer's input; a
     /// matrix may have batch and positions flattened into its rows. Gradients
     /// reach the adapters that require them, so a mixed batch can be trained

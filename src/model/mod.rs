@@ -8,10 +8,12 @@ mod files;
 mod forward;
 mod merge;
 mod mixed;
+mod saved;
 mod status;
 mod summary;
 mod targets;
 mod tied;
+mod tokens;
 mod weighted;
 
 pub use forward::ForwardModule;

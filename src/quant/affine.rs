@@ -6,7 +6,8 @@
 //! `r`; those of group `r + R`, the next bits; and so on, where
 //! R = ⌈n / codes per byte⌉.
 
-use super::{Meta, PackedWeight, Parts, Scheme, hqq, matrix, tiles};
+use super::kernels::packing::GroupLayout;
+use super::{Meta, PackedWeight, Parts, Scheme, hqq, matrix, packing, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
 use tch::{Kind, Tensor};
@@ -78,6 +79,10 @@ impl Layout {
         (1 << self.bits) - 1
     }
 
+    pub(super) fn for_kernel(self, search: bool) -> GroupLayout {
+        GroupLayout { bits: self.bits as u32, size: self.size as usize, byte_rows: self.byte_rows as usize, search }
+    }
+
     /// The pieces of `groups` groups from `start` on.
     fn pieces(self, start: i64, groups: i64) -> impl Iterator<Item = Piece> {
         (0..8 / self.bits).filter_map(move |part| {
@@ -95,12 +100,22 @@ impl Affine {
     pub(super) fn pack(weight: &Tensor, scheme: Scheme) -> Result<Self> {
         let (sizes, kind, device) = (weight.size(), weight.f_kind()?, weight.device());
         let layout = Layout::of(scheme, &sizes);
+        let weight = weight.f_view([layout.groups, layout.size])?;
+        let search = matches!(scheme, Scheme::Int4 { hqq: true, .. } | Scheme::Int2 { hqq: true, .. });
+        let packed = packing::groups(&weight, layout.for_kernel(search))?;
+        let packed = packed.map_or_else(|| Self::pack_by_operators(&weight, layout, search), Ok)?;
+        let [data, scale, shift] = packed.map(SharedTensor::new);
+        Ok(Affine { data, scale, shift, layout, scheme, meta: Meta { sizes, kind, device } })
+    }
+
+    /// Bytes, scales and shifts of a weight (groups, size), with libtorch's
+    /// operators.
+    pub(super) fn pack_by_operators(weight: &Tensor, layout: Layout, search: bool) -> Result<[Tensor; 3]> {
+        let (kind, device) = (weight.f_kind()?, weight.device());
         let Layout { size, groups, byte_rows, .. } = layout;
-        let weight = weight.f_view([groups, size])?;
         let data = Tensor::f_zeros([byte_rows, size], (Kind::Uint8, device))?;
         let [scale, shift] =
             [Tensor::f_empty([groups, 1], (kind, device))?, Tensor::f_empty([groups, 1], (kind, device))?];
-        let search = matches!(scheme, Scheme::Int4 { hqq: true, .. } | Scheme::Int2 { hqq: true, .. });
         tiles::for_each(groups, size, |start, count| {
             let tile = weight.f_narrow(0, start, count)?;
             let (low, high) = (tile.f_amin([1], true)?, tile.f_amax([1], true)?);
@@ -122,8 +137,7 @@ impl Affine {
             }
             Ok(())
         })?;
-        let [data, scale, shift] = [data, scale, shift].map(SharedTensor::new);
-        Ok(Affine { data, scale, shift, layout, scheme, meta: Meta { sizes, kind, device } })
+        Ok([data, scale, shift])
     }
 
     pub(super) fn assemble(mut parts: Parts) -> Result<Self> {
@@ -168,7 +182,7 @@ impl PackedWeight for Affine {
         ])
     }
 
-    fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
+    fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let (rows, columns) = out.size2()?;
         let of_row = columns / self.layout.size;
         let shape = [rows * of_row, self.layout.size];

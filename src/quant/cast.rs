@@ -50,13 +50,13 @@ impl PackedWeight for Cast {
         Ok(vec![("weight".into(), self.data.get())])
     }
 
-    fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
+    fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let data = self.data.get().f_narrow(0, start, out.size2()?.0)?;
         out.f_copy_(&data.f_to_kind(self.meta.kind)?)?;
         Ok(())
     }
 
-    fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
         out.f_copy_(&super::select(&self.data.get(), index)?.f_to_kind(self.meta.kind)?)?;
         Ok(())
     }

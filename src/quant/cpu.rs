@@ -1,7 +1,9 @@
 //! Which kernel serves which scheme on the CPU: lends the packed tensors to
 //! the kernels as slices.
 
-use super::kernels::{self, Bytes, Codes, Dtype, E4m3, E5m2, Float, Floats, Format, Groups, I8, Scales, Tile};
+use super::kernels::{
+    self, Absmax, Bytes, Codes, Double, Dtype, E4m3, E5m2, Float, Floats, Format, Groups, I8, Powers, Tile, Zeros,
+};
 use super::{Fp8Format, PackedWeight, Scheme};
 use crate::error::Result;
 use crate::ffi::bytes::{read, write};
@@ -13,6 +15,8 @@ use tch::{Device, Kind, Tensor};
 pub(super) enum Op<'a> {
     /// Writes the values of `columns` from row `row` on into `out` (rows, columns).
     Unpack { row: i64, columns: Range<i64>, out: &'a mut Tensor },
+    /// Writes the values of the rows that `index` lists into `out` (n, columns).
+    UnpackIndex { index: &'a [i64], out: &'a mut Tensor },
     /// y = x · Wᵀ: x (n, in), y (n, out) of the same dtype.
     Product { x: &'a Tensor, y: &'a mut Tensor },
     /// dX = g · W: g (n, out), dx (n, in) of the same dtype.
@@ -23,7 +27,7 @@ impl Op<'_> {
     /// The dtype of tiles or activations.
     fn kind(&self) -> Result<Kind> {
         Ok(match self {
-            Op::Unpack { out, .. } => out.f_kind()?,
+            Op::Unpack { out, .. } | Op::UnpackIndex { out, .. } => out.f_kind()?,
             Op::Product { x, .. } => x.f_kind()?,
             Op::ProductTransposed { g, .. } => g.f_kind()?,
         })
@@ -49,12 +53,11 @@ pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
         Scheme::Nf4 { block_size, .. } | Scheme::Fp4 { block_size, .. } => {
             let (Some(data), Some(code)) = (data, tensor("weight.quant_map")) else { return Ok(false) };
             let Some(dtype) = dtype(weight.kind()) else { return Ok(false) };
+            let block = block_size as usize;
             read(data, |bytes| {
                 read(code, |code: &[f32]| {
                     let Some(code) = code.first_chunk() else { return Ok(false) };
-                    with_scales(&tensor, |scales| {
-                        serve(&Codes { bytes, scales, code, block: block_size as usize, dtype }, shape, op)
-                    })
+                    codes(&tensor, &Codes { bytes, scales: (), code, block, dtype }, shape, op)
                 })
             })??
         }
@@ -78,9 +81,47 @@ pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
                 })
             })?
         }
+        Scheme::LlmInt8 => {
+            let (Some(data), Some(absmax)) = (data, tensor("SCB")) else { return Ok(false) };
+            let Some(dtype) = dtype(weight.kind()) else { return Ok(false) };
+            let data = data.f_view_dtype(Kind::Uint8)?;
+            read(&data, |bytes| {
+                read(absmax, |scales| {
+                    let step = super::int8::STEP as f32;
+                    serve(&Absmax { bytes, scales, step, row: shape[1], dtype }, shape, op)
+                })
+            })??
+        }
+        Scheme::Mxfp4 => {
+            let (Some(data), Some(scale)) = (data, tensor("weight.scale")) else { return Ok(false) };
+            let Some(dtype) = dtype(weight.kind()) else { return Ok(false) };
+            read(data, |bytes| {
+                read(scale, |scales| {
+                    let code = &super::mxfp4::CODE;
+                    serve(&Powers { bytes, scales, code, row: shape[1], dtype }, shape, op)
+                })
+            })??
+        }
+        Scheme::Gptq { group_size } => {
+            let parts = ["weight.scale", "weight.zero", "weight.group"].map(tensor);
+            let (Some(data), [Some(scale), Some(zero), Some(group)]) = (data, parts) else { return Ok(false) };
+            let size = group_size as usize;
+            // Groups out of order are left to the operators.
+            if !size.is_multiple_of(2) || !shape[1].is_multiple_of(size) || !read(group, |g| in_order(g, size))? {
+                return Ok(false);
+            }
+            read(data, |data| {
+                read(zero, |zeros| floats(scale, |scales| serve(&Zeros::new(data, scales, zeros, size), shape, op)))
+            })??
+        }
         // Served by their own operators.
         _ => Ok(false),
     }
+}
+
+/// Whether each column is in the group that it would be in by its place.
+fn in_order(group: &[i64], size: usize) -> bool {
+    group.chunks(size).zip(0..).all(|(columns, number)| columns.iter().all(|group| *group == number))
 }
 
 fn dtype(kind: Kind) -> Option<Dtype> {
@@ -102,22 +143,24 @@ fn floats(tensor: &Tensor, f: impl FnOnce(Floats) -> Result<bool>) -> Result<boo
     }
 }
 
-/// Lends the scales of a weight in bitsandbytes' layout, quantised or not.
-fn with_scales<'t>(
+/// Serves a weight in bitsandbytes' layout with its scales, quantised or not.
+fn codes<'t>(
     tensor: &dyn Fn(&str) -> Option<&'t Tensor>,
-    f: impl FnOnce(Scales) -> Result<bool>,
+    codes: &Codes<()>,
+    shape: [usize; 2],
+    op: Op,
 ) -> Result<bool> {
     let Some(absmax) = tensor("weight.absmax") else { return Ok(false) };
     let nested = ["weight.nested_quant_map", "weight.nested_absmax", "weight.nested_offset"].map(tensor);
     let [Some(map), Some(nested), Some(offset)] = nested else {
-        return read(absmax, |scales: &[f32]| f(Scales::Plain(scales)))?;
+        return read(absmax, |scales: &[f32]| serve(&codes.with(scales), shape, op))?;
     };
     let offset = f64::try_from(offset)? as f32;
-    read(absmax, |codes: &[u8]| {
+    read(absmax, |scales: &[u8]| {
         read(map, |map: &[f32]| {
             read(nested, |nested: &[f32]| {
-                let nested_block = super::codebook::NESTED_BLOCK as usize;
-                f(Scales::Double { codes, map, nested, nested_block, offset })
+                let Some(map) = map.first_chunk() else { return Ok(false) };
+                serve(&codes.with(Double { codes: scales, map, nested, offset }), shape, op)
             })
         })
     })???
@@ -139,6 +182,9 @@ fn serve_as<F: Format, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Resul
             let tile = Tile { inn: shape[1], row: row as usize, columns: columns.start as usize..columns.end as usize };
             write::<T, _>(out, |out| kernels::unpack(format, &tile, out))??;
         }
+        Op::UnpackIndex { index, out } => {
+            write::<T, _>(out, |out| kernels::unpack_index(format, shape[1], index, out))??;
+        }
         _ if !kernels::fits(format, shape[1]) => return Ok(false),
         Op::Product { x, y } => {
             read::<T, _>(x, |x| write::<T, _>(y, |y| kernels::product(format, shape, x, y)))???;
@@ -153,6 +199,8 @@ fn serve_as<F: Format, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::Parts;
+    use std::sync::Arc;
 
     /// Every scheme with a kernel.
     fn schemes() -> Vec<Scheme> {
@@ -166,6 +214,7 @@ mod tests {
             schemes.push(Scheme::Int4 { group_size, hqq: false });
             schemes.push(Scheme::Int2 { group_size, hqq: false });
         }
+        schemes.extend([Scheme::LlmInt8, Scheme::Mxfp4]);
         schemes
     }
 
@@ -182,8 +231,33 @@ mod tests {
         assert!(bytes(found) == bytes(expected), "{what}: {found} instead of {expected}");
     }
 
-    // The schemes' own unpacking, with libtorch's operators for most, is a
-    // second implementation of the same definition.
+    /// A weight with random codes, scales and zeros, as GPTQ's files hold it.
+    fn gptq([rows, columns]: [i64; 2], kind: Kind, group_size: i64, in_order: bool) -> Arc<dyn PackedWeight> {
+        let groups = (columns + group_size - 1) / group_size;
+        let bytes = |top: i64, shape: [i64; 2]| Tensor::randint(top, shape, (Kind::Uint8, Device::Cpu));
+        let place = Tensor::arange(columns, (Kind::Int64, Device::Cpu));
+        let place = if in_order { place } else { place.flip([0]) };
+        let tensors = [
+            ("weight", bytes(256, [rows, (columns + 1) / 2])),
+            ("weight.scale", Tensor::randn([rows, groups], (Kind::Float, Device::Cpu)).to_kind(kind)),
+            ("weight.zero", bytes(17, [rows, groups])),
+            ("weight.group", place.divide_scalar_mode(group_size, "floor")),
+        ];
+        let tensors = tensors.into_iter().map(|(name, tensor)| (name.to_string(), tensor)).collect();
+        let (scheme, sizes) = (Scheme::Gptq { group_size }, vec![rows, columns]);
+        crate::quant::assemble(Parts { name: "w".into(), scheme, sizes, kind, tensors }).unwrap()
+    }
+
+    /// Every scheme with a kernel, as weights of this shape.
+    fn packed(shape: [i64; 2], kind: Kind) -> Vec<Arc<dyn PackedWeight>> {
+        let weight = weight(shape, kind);
+        let packed = schemes().into_iter().map(|scheme| crate::quant::quantize("w", &weight, scheme).unwrap());
+        let group = [128, 64, 10].into_iter().find(|group| shape[1] % group == 0);
+        packed.chain(group.map(|group| gptq(shape, kind, group, true))).collect()
+    }
+
+    // The schemes' own unpacking, with libtorch's operators, is a second
+    // implementation of the same definition.
     #[test]
     fn kernels_unpack_the_same_bits() {
         for (shape, kind) in [
@@ -193,13 +267,12 @@ mod tests {
             ([3, 130], Kind::Half),
             ([40, 1024], Kind::BFloat16),
         ] {
-            let weight = weight(shape, kind);
-            for scheme in schemes() {
-                let packed = crate::quant::quantize("w", &weight, scheme).unwrap();
-                let [rows, inn] = shape;
+            for packed in packed(shape, kind) {
+                let ([rows, inn], scheme) = (shape, packed.scheme().unwrap());
+                let indices = Tensor::from_slice(&[rows - 1, 0, 2, 0, 1, rows - 1]);
                 for out_kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
                     let mut expected = Tensor::zeros(shape, (out_kind, Device::Cpu));
-                    packed.unpack_rows(0, &mut expected).unwrap();
+                    packed.rows_by_operators(0, &mut expected).unwrap();
                     for (row, columns) in [(0, 0..inn), (2, 0..inn), (0, inn / 3..inn), (1, 5..6), (0, 16..32)] {
                         let (height, width) = (rows - row, columns.end - columns.start);
                         let what = format!("{scheme} {kind:?} {shape:?} as {out_kind:?}, row {row}, {columns:?}");
@@ -209,18 +282,36 @@ mod tests {
                         assert!(run(packed.as_ref(), op).unwrap(), "{what}: no kernel");
                         same(&out, &expected, &what);
                     }
+                    let what = format!("{scheme} {kind:?} {shape:?} as {out_kind:?}, by index");
+                    let mut out = Tensor::full([6, inn], 7.0, (out_kind, Device::Cpu));
+                    let index = Vec::<i64>::try_from(&indices).unwrap();
+                    let op = Op::UnpackIndex { index: &index, out: &mut out };
+                    assert!(run(packed.as_ref(), op).unwrap(), "{what}: no kernel");
+                    same(&out, &expected.index_select(0, &indices), &what);
+                    packed.index_by_operators(&indices, &mut out).unwrap();
+                    same(&out, &expected.index_select(0, &indices), &what);
                 }
             }
         }
     }
 
     #[test]
+    fn groups_out_of_order_are_left_to_the_operators() {
+        let packed = gptq([6, 256], Kind::Float, 64, false);
+        let mut out = Tensor::zeros([6, 256], (Kind::Float, Device::Cpu));
+        assert!(!run(packed.as_ref(), Op::Unpack { row: 0, columns: 0..256, out: &mut out }).unwrap());
+        packed.unpack_rows(0, &mut out).unwrap();
+        let mut expected = Tensor::zeros([6, 256], (Kind::Float, Device::Cpu));
+        packed.rows_by_operators(0, &mut expected).unwrap();
+        same(&out, &expected, "out of order");
+    }
+
+    #[test]
     fn few_rows_multiply() {
         for (shape, kind) in [([70, 256], Kind::Float), ([33, 512], Kind::BFloat16), ([5, 512], Kind::Half)] {
             let [out, inn] = shape;
-            let weight = weight(shape, kind);
-            for scheme in schemes() {
-                let packed = crate::quant::quantize("w", &weight, scheme).unwrap();
+            for packed in packed(shape, kind) {
+                let scheme = packed.scheme().unwrap();
                 let dense = packed.dequantize(Kind::Float).unwrap().to_kind(Kind::Double);
                 for n in [1, 2, 3, 7, 8, 13, 16] {
                     for x_kind in [Kind::Float, Kind::BFloat16] {

@@ -34,13 +34,13 @@ impl PackedWeight for Dense {
         Ok(vec![("weight".into(), self.weight.get())])
     }
 
-    fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
+    fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let rows = out.size2()?.0;
         out.f_copy_(&self.weight.get().f_view(self.shape())?.f_narrow(0, start, rows)?)?;
         Ok(())
     }
 
-    fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
         out.f_copy_(&self.weight.get().f_view(self.shape())?.f_index_select(0, index)?)?;
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! `fp8`: 8-bit floats, one scale per output channel.
 
-use super::{Fp8Format, Meta, PackedWeight, Parts, Scheme, matrix, tiles};
+use super::{Fp8Format, Meta, PackedWeight, Parts, Scheme, matrix, packing, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
 use tch::{Kind, Tensor};
@@ -24,7 +24,7 @@ impl Fp8Format {
     }
 
     /// Its largest finite value.
-    fn largest(self) -> f64 {
+    pub(super) fn largest(self) -> f64 {
         match self {
             Fp8Format::E4m3 => 448.0,
             Fp8Format::E5m2 => 57344.0,
@@ -40,8 +40,21 @@ impl Fp8 {
     /// digits or turn into NaN. An 8-bit float has the range to make up for it.
     pub(super) fn pack(weight: &Tensor, format: Fp8Format) -> Result<Self> {
         let (sizes, kind, device) = (weight.size(), weight.f_kind()?, weight.device());
-        let [rows, columns] = matrix(&sizes);
-        let weight = weight.f_view([rows, columns])?;
+        let weight = weight.f_view(matrix(&sizes))?;
+        let [data, scale] =
+            packing::fp8(&weight, format)?.map_or_else(|| Self::pack_by_operators(&weight, format), Ok)?;
+        Ok(Fp8 {
+            data: SharedTensor::new(data),
+            scale: SharedTensor::new(scale),
+            format,
+            meta: Meta { sizes, kind, device },
+        })
+    }
+
+    /// Codes, and scales (rows, 1), of a weight (rows, columns), with libtorch's
+    /// operators.
+    pub(super) fn pack_by_operators(weight: &Tensor, format: Fp8Format) -> Result<[Tensor; 2]> {
+        let (kind, device, (rows, columns)) = (weight.f_kind()?, weight.device(), weight.size2()?);
         let data = Tensor::f_empty([rows, columns], (format.kind(), device))?;
         let scale = Tensor::f_empty([rows, 1], (kind, device))?;
         let (smallest, largest) = (super::smallest_normal(kind), super::largest_scale(kind, format.largest()));
@@ -55,12 +68,7 @@ impl Fp8 {
             data.f_narrow(0, start, rows)?.f_copy_(&q)?;
             Ok(())
         })?;
-        Ok(Fp8 {
-            data: SharedTensor::new(data),
-            scale: SharedTensor::new(scale),
-            format,
-            meta: Meta { sizes, kind, device },
-        })
+        Ok([data, scale])
     }
 
     pub(super) fn assemble(mut parts: Parts, format: Fp8Format) -> Result<Self> {
@@ -107,12 +115,12 @@ impl PackedWeight for Fp8 {
         Ok(vec![("weight".into(), self.data.get()), ("weight.scale".into(), self.scale.get())])
     }
 
-    fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
+    fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let rows = out.size2()?.0;
         self.unpack(out, |t| Ok(t.f_narrow(0, start, rows)?))
     }
 
-    fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
         self.unpack(out, |t| super::select(t, index))
     }
 }

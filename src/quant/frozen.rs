@@ -16,7 +16,10 @@ pub(crate) fn frozen(weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Res
         Operator::Matrix { x, bias, index, transposed } => {
             frozen_linear(&LinearMap::new(&matrix(weight, index)?, transposed), x, bias)
         }
-        Operator::Stack { .. } => on_dense(&unpacked(weight.as_ref(), weight.kind())?, operator),
+        Operator::Stack { .. } => {
+            let stack = weight.as_dense().map_or_else(|| weight.dequantize(weight.kind()), Ok)?;
+            on_dense(&stack, operator)
+        }
         Operator::Embedding { indices, .. } => rows(weight.as_ref(), indices),
         Operator::Convolution { x, bias, form } => convolution(weight, x, bias, form),
     }
@@ -67,15 +70,6 @@ fn rows(weight: &dyn PackedWeight, indices: &Tensor) -> Result<Tensor> {
     Ok(out.f_view(shape.as_slice())?)
 }
 
-/// Unlike a linear weight, the whole weight is unpacked for the time of the
-/// call: convolutions reuse it at every position, and are small.
-fn unpacked(weight: &dyn PackedWeight, kind: Kind) -> Result<Tensor> {
-    match weight.as_dense() {
-        Some(dense) => Ok(dense.f_to_kind(kind)?),
-        None => weight.dequantize(kind),
-    }
-}
-
 fn convolution(
     weight: &Arc<dyn PackedWeight>,
     x: &Tensor,
@@ -86,7 +80,7 @@ fn convolution(
     let y = {
         let _no_grad = tch::no_grad_guard();
         let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
-        convolve(&x.f_to_kind(kind)?, &unpacked(weight.as_ref(), kind)?, bias.as_ref(), form)?
+        super::convolution::apply(weight.as_ref(), &x.f_to_kind(kind)?, bias.as_ref(), form)?
     };
     let inputs: Vec<&Tensor> = std::iter::once(x).chain(bias).collect();
     if autograd::needs_grad(&inputs) {
@@ -121,27 +115,8 @@ struct FrozenConvolution {
 }
 
 impl FrozenConvolution {
-    /// dX: the transposed convolution of dY. Where the stride doesn't divide
-    /// the input, the rest is its output padding.
     fn input_gradient(&self, grad: &Tensor) -> Result<Tensor> {
-        let ConvolutionForm { stride, padding, dilation, groups } = &self.form;
-        let weight = unpacked(self.weight.as_ref(), grad.f_kind()?)?;
-        let (size, kernel, out) = (&self.x.shape()[2..], &weight.size()[2..], &grad.size()[2..]);
-        let rest: Vec<i64> = (0..stride.len())
-            .map(|i| size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1 - (out[i] - 1) * stride[i])
-            .collect();
-        let dx = Tensor::f_convolution(
-            grad,
-            &weight,
-            None::<&Tensor>,
-            stride.as_slice(),
-            padding.as_slice(),
-            dilation.as_slice(),
-            true,
-            rest.as_slice(),
-            *groups,
-        )?;
-        self.x.shaped(&dx.f_contiguous()?)
+        self.x.shaped(&super::convolution::input_gradient(self.weight.as_ref(), grad, self.x.shape(), &self.form)?)
     }
 }
 

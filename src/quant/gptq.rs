@@ -76,12 +76,12 @@ impl PackedWeight for Gptq {
         ])
     }
 
-    fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
+    fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let rows = out.size2()?.0;
         self.unpack(out, |t| Ok(t.f_narrow(0, start, rows)?))
     }
 
-    fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
         self.unpack(out, |t| super::select(t, index))
     }
 }

@@ -11,11 +11,11 @@
 use crate::error::Result;
 use tch::{Kind, Tensor};
 
-const ROUNDS: usize = 20;
+pub(super) const ROUNDS: usize = 20;
 /// The paper's norm, first weight of the quadratic part, and its growth.
 const P: f64 = 0.7;
-const BETA: f64 = 10.0;
-const KAPPA: f64 = 1.01;
+pub(super) const BETA: f64 = 10.0;
+pub(super) const KAPPA: f64 = 1.01;
 
 /// Scales and shifts (groups, 1), in the dtype of the weight, that give a
 /// (groups, size) weight at most the squared error of those given.

@@ -1,12 +1,12 @@
 //! `int8` and `llm_int8`: symmetric, one scale per output channel.
 
-use super::{Meta, PackedWeight, Parts, Scheme, matrix, tiles};
+use super::{Meta, PackedWeight, Parts, Scheme, matrix, packing, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
 use tch::{Kind, Tensor};
 
 /// 1/127 as bitsandbytes writes it.
-const STEP: f64 = 7.874_015_718_698_502e-3;
+pub(super) const STEP: f64 = 7.874_015_718_698_502e-3;
 
 #[derive(Debug)]
 pub(super) struct Int8 {
@@ -29,8 +29,19 @@ impl Int8 {
     /// dtype, as optimum-quanto does it.
     pub(super) fn pack(weight: &Tensor) -> Result<Self> {
         let (sizes, kind, device) = (weight.size(), weight.f_kind()?, weight.device());
-        let [rows, columns] = matrix(&sizes);
-        let weight = weight.f_view([rows, columns])?;
+        let weight = weight.f_view(matrix(&sizes))?;
+        let [data, scale] = packing::int8(&weight)?.map_or_else(|| Self::steps(&weight), Ok)?;
+        Ok(Int8 {
+            data: SharedTensor::new(data),
+            scale: Scale::Step(SharedTensor::new(scale)),
+            meta: Meta { sizes, kind, device },
+        })
+    }
+
+    /// Codes, and scales (rows, 1), of a weight (rows, columns), with libtorch's
+    /// operators.
+    pub(super) fn steps(weight: &Tensor) -> Result<[Tensor; 2]> {
+        let (kind, device, (rows, columns)) = (weight.f_kind()?, weight.device(), weight.size2()?);
         let data = Tensor::f_empty([rows, columns], (Kind::Int8, device))?;
         let scale = Tensor::f_empty([rows, 1], (kind, device))?;
         // 127 times a scale that was rounded up must not overflow.
@@ -45,36 +56,39 @@ impl Int8 {
             data.f_narrow(0, start, rows)?.f_copy_(&q.f_clamp_(-128.0, 127.0)?)?;
             Ok(())
         })?;
-        Ok(Int8 {
-            data: SharedTensor::new(data),
-            scale: Scale::Step(SharedTensor::new(scale)),
-            meta: Meta { sizes, kind, device },
-        })
+        Ok([data, scale])
     }
 
     /// Packs as bitsandbytes does: the weight goes through f16, the arithmetic
     /// is f32. The weight must be finite in f16.
     pub(super) fn pack_absmax(weight: &Tensor) -> Result<Self> {
         let (sizes, kind, device) = (weight.size(), weight.f_kind()?, weight.device());
-        let [rows, columns] = matrix(&sizes);
-        let weight = weight.f_view([rows, columns])?;
+        let weight = weight.f_view(matrix(&sizes))?;
+        let [data, scale] = packing::llm_int8(&weight)?.map_or_else(|| Self::maxima(&weight), Ok)?;
+        Ok(Int8 {
+            data: SharedTensor::new(data),
+            scale: Scale::Absmax(SharedTensor::new(scale.f_squeeze_dim(1)?)),
+            meta: Meta { sizes, kind, device },
+        })
+    }
+
+    /// Codes, and f32 maxima (rows, 1), of a weight (rows, columns), with
+    /// libtorch's operators.
+    pub(super) fn maxima(weight: &Tensor) -> Result<[Tensor; 2]> {
+        let (device, (rows, columns)) = (weight.device(), weight.size2()?);
         let data = Tensor::f_empty([rows, columns], (Kind::Int8, device))?;
-        let scale = Tensor::f_empty([rows], (Kind::Float, device))?;
+        let scale = Tensor::f_empty([rows, 1], (Kind::Float, device))?;
         tiles::for_each(rows, columns, |start, rows| {
             let tile = weight.f_narrow(0, start, rows)?.f_to_kind(Kind::Half)?.f_to_kind(Kind::Float)?;
             let max = absmax(&tile)?;
-            scale.f_narrow(0, start, rows)?.f_copy_(&max.f_squeeze_dim(1)?)?;
+            scale.f_narrow(0, start, rows)?.f_copy_(&max)?;
             let divisor = max.f_where_self(&max.f_ne(0.0)?, &max.f_ones_like()?)?;
             // A number over a tensor is its reciprocal times the number in torch.
             let factor = divisor.f_reciprocal()?.f_mul_scalar_(127.0)?;
             data.f_narrow(0, start, rows)?.f_copy_(&tile.f_mul(&factor)?.f_round_()?)?;
             Ok(())
         })?;
-        Ok(Int8 {
-            data: SharedTensor::new(data),
-            scale: Scale::Absmax(SharedTensor::new(scale)),
-            meta: Meta { sizes, kind, device },
-        })
+        Ok([data, scale])
     }
 
     pub(super) fn assemble(mut parts: Parts) -> Result<Self> {
@@ -142,12 +156,12 @@ impl PackedWeight for Int8 {
         Ok(vec![("weight".into(), self.data.get()), scale])
     }
 
-    fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
+    fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let rows = out.size2()?.0;
         self.unpack(out, |t| Ok(t.f_narrow(0, start, rows)?))
     }
 
-    fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
         self.unpack(out, |t| super::select(t, index))
     }
 }

@@ -8,6 +8,7 @@ mod affine;
 mod cast;
 mod codebook;
 mod config;
+mod convolution;
 mod cpu;
 mod dense;
 pub(crate) mod disk;
@@ -22,6 +23,7 @@ mod kernels;
 pub(crate) mod linear;
 mod map;
 mod mxfp4;
+mod packing;
 mod parts;
 mod pattern;
 mod scheme;
@@ -37,6 +39,7 @@ pub(crate) use pattern::matches;
 pub use scheme::{Fp8Format, Scheme};
 
 use crate::error::{Error, Result};
+use cpu::Op;
 use std::fmt::Debug;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
@@ -91,24 +94,22 @@ pub trait PackedWeight: Debug + Send + Sync {
     /// libtorch's.
     fn tensors(&self) -> Result<Vec<(String, Tensor)>>;
 
-    /// Writes the values of rows `start..start + rows` into `out`, a contiguous
-    /// (rows, columns) tensor of any float dtype on the same device.
+    /// [`unpack_rows`](#method.unpack_rows) by libtorch's operators: the way of
+    /// every device, and the definition that kernels follow to the bit.
     ///
     /// # Errors
     /// libtorch's.
-    fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()>;
+    fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()>;
 
-    /// Writes the values of the rows that `index` lists into `out`, a
-    /// contiguous (n, columns) tensor of any float dtype on the same device.
-    /// `index` is i64 (n); rows may come in any order and more than once.
+    /// [`unpack_index`](#method.unpack_index) by libtorch's operators.
     ///
     /// # Errors
     /// [`Error::Mismatch`] for a row that the weight doesn't have; libtorch's.
-    fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
         let rows = Vec::<i64>::try_from(index)?;
         check_index(&rows, self.shape()[0])?;
         for (at, row) in rows.into_iter().enumerate() {
-            self.unpack_rows(row, &mut out.f_narrow(0, at as i64, 1)?)?;
+            self.rows_by_operators(row, &mut out.f_narrow(0, at as i64, 1)?)?;
         }
         Ok(())
     }
@@ -118,16 +119,6 @@ pub trait PackedWeight: Debug + Send + Sync {
         None
     }
 
-    /// All values, as a new tensor of the dense sizes and of dtype `kind`.
-    ///
-    /// # Errors
-    /// libtorch's.
-    fn dequantize(&self, kind: Kind) -> Result<Tensor> {
-        let mut out = Tensor::f_empty(self.shape(), (kind, self.device()))?;
-        self.unpack_rows(0, &mut out)?;
-        Ok(out.f_view(self.sizes())?)
-    }
-
     /// Bytes that the packed tensors take.
     ///
     /// # Errors
@@ -135,6 +126,48 @@ pub trait PackedWeight: Debug + Send + Sync {
     fn nbytes(&self) -> Result<usize> {
         let tensors = self.tensors()?;
         Ok(tensors.iter().map(|(_, t)| t.numel() * crate::ffi::bytes::element_size(t.kind())).sum())
+    }
+}
+
+impl dyn PackedWeight + '_ {
+    /// Writes the values of rows `start..start + rows` into `out`, a contiguous
+    /// (rows, columns) tensor of any float dtype on the same device.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
+        let columns = 0..self.shape()[1];
+        if !cpu::run(self, Op::Unpack { row: start, columns, out })? {
+            self.rows_by_operators(start, out)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the values of the rows that `index` lists into `out`, a
+    /// contiguous (n, columns) tensor of any float dtype on the same device.
+    /// `index` is i64 (n); rows may come in any order and more than once.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for a row that the weight doesn't have; libtorch's.
+    pub fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+        if self.device() == Device::Cpu {
+            let rows = Vec::<i64>::try_from(index)?;
+            check_index(&rows, self.shape()[0])?;
+            if cpu::run(self, Op::UnpackIndex { index: &rows, out })? {
+                return Ok(());
+            }
+        }
+        self.index_by_operators(index, out)
+    }
+
+    /// All values, as a new tensor of the dense sizes and of dtype `kind`.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn dequantize(&self, kind: Kind) -> Result<Tensor> {
+        let mut out = Tensor::f_empty(self.shape(), (kind, self.device()))?;
+        self.unpack_rows(0, &mut out)?;
+        Ok(out.f_view(self.sizes())?)
     }
 }
 

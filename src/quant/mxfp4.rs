@@ -4,7 +4,8 @@
 //! don't run over row ends; the last of a row may be short. Element `2i` of a
 //! row is the low nibble of byte `i`, as in torch's `float4_e2m1fn_x2`.
 
-use super::{Meta, PackedWeight, Parts, Scheme, matrix, tiles};
+use super::kernels::power;
+use super::{Meta, PackedWeight, Parts, Scheme, matrix, packing, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
 use tch::{Kind, Tensor};
@@ -17,7 +18,8 @@ const LARGEST_EXPONENT: i64 = 2;
 const NAN_SCALE: i64 = 255;
 
 /// The values of the codes; the upper half has the sign.
-const CODE: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+pub(super) const CODE: [f32; 16] =
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 #[derive(Debug)]
 pub(super) struct Mxfp4 {
@@ -30,12 +32,7 @@ pub(super) struct Mxfp4 {
 
 /// The power of two of each byte.
 fn powers() -> [f32; 256] {
-    let mut powers = [0.0; 256];
-    for (byte, power) in (0u32..).zip(powers.iter_mut()) {
-        // 2^-127 is subnormal, hence not all zeros with an exponent.
-        *power = f32::from_bits(if byte == 0 { 1 << 22 } else { byte << 23 });
-    }
-    powers
+    std::array::from_fn(|byte| power(byte as u8))
 }
 
 impl Mxfp4 {
@@ -44,9 +41,15 @@ impl Mxfp4 {
     /// to even, and saturate at ±6.
     pub(super) fn pack(weight: &Tensor) -> Result<Self> {
         let (sizes, kind, device) = (weight.size(), weight.f_kind()?, weight.device());
-        let [rows, columns] = matrix(&sizes);
+        let weight = weight.f_view(matrix(&sizes))?;
+        let [data, scale] = packing::mxfp4(&weight)?.map_or_else(|| Self::pack_by_operators(&weight), Ok)?;
+        Ok(Mxfp4 { data: SharedTensor::new(data), scale: SharedTensor::new(scale), meta: Meta { sizes, kind, device } })
+    }
+
+    /// Codes and scales of a weight (rows, columns), with libtorch's operators.
+    pub(super) fn pack_by_operators(weight: &Tensor) -> Result<[Tensor; 2]> {
+        let (device, (rows, columns)) = (weight.device(), weight.size2()?);
         let blocks = (columns + BLOCK - 1) / BLOCK;
-        let weight = weight.f_view([rows, columns])?;
         let data = Tensor::f_empty([rows, (columns + 1) / 2], (Kind::Uint8, device))?;
         let scale = Tensor::f_empty([rows, blocks], (Kind::Uint8, device))?;
         tiles::for_each(rows, columns, |start, rows| {
@@ -65,7 +68,7 @@ impl Mxfp4 {
             data.f_narrow(0, start, rows)?.f_copy_(&bytes.f_narrow(1, 0, (columns + 1) / 2)?)?;
             Ok(())
         })?;
-        Ok(Mxfp4 { data: SharedTensor::new(data), scale: SharedTensor::new(scale), meta: Meta { sizes, kind, device } })
+        Ok([data, scale])
     }
 
     pub(super) fn assemble(mut parts: Parts) -> Result<Self> {
@@ -121,12 +124,12 @@ impl PackedWeight for Mxfp4 {
         Ok(vec![("weight".into(), self.data.get()), ("weight.scale".into(), self.scale.get())])
     }
 
-    fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
+    fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let rows = out.size2()?.0;
         self.unpack(out, |t| Ok(t.f_narrow(0, start, rows)?))
     }
 
-    fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
         self.unpack(out, |t| super::select(t, index))
     }
 }

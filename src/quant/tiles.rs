@@ -8,10 +8,15 @@ use tch::{Device, Kind, Tensor};
 /// and large enough for a matrix product to run at full speed.
 const TILE: i64 = 1 << 20;
 
+/// Rows of a tile of rows of `inn` elements.
+pub(super) fn rows(inn: i64) -> i64 {
+    (TILE / inn.max(1)).max(1)
+}
+
 /// Calls `f(start, rows)` for consecutive ranges of rows of an (out, in)
 /// weight, each of at most one tile (or one row).
 pub(super) fn for_each(out: i64, inn: i64, mut f: impl FnMut(i64, i64) -> Result<()>) -> Result<()> {
-    let step = (TILE / inn.max(1)).max(1);
+    let step = rows(inn);
     let mut start = 0;
     while start < out {
         let rows = step.min(out - start);

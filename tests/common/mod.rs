@@ -3,6 +3,7 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod follow;
+pub mod program;
 pub mod training;
 
 use std::collections::BTreeMap;

@@ -503,6 +503,9 @@ def read(layout: str, name: str, file: Path) -> nn.Module:
     if layout == "bare":
         # By default it takes the file for a pickle and loses the metadata.
         model.load_lora_adapter(file, prefix=None, use_safetensors=True)
+    elif layout == "joined":
+        parts = {"unet": unet(), "clip": clip()} | {name: model}
+        sd(parts["unet"], parts["clip"]).load_lora_weights(file)
     elif name == "dit":
         sd3(model).load_lora_weights(file)
     elif name == "clip":

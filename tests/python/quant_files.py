@@ -89,11 +89,12 @@ def write_quanto(folder: Path, name: str, dtype) -> None:
     if name in ["qint4", "qint2"]:
         # For a single row quanto takes every column for a group; it is none of ours.
         exclude.append("one")
-    if (name, dtype) == ("qint4", torch.bfloat16):
-        # Groups of 128 in bf16 are held in another form, with another shift; likewise.
-        exclude.append("up")
     quantize(net, weights=qtypes[name], exclude=exclude)
     freeze(net)
+    if (name, dtype) == ("qint4", torch.bfloat16):
+        # Groups of 128 in bf16 are held in the layout of torch's kernel, with zeros that are rounded to it. Files
+        # have them unpacked again: their shift is that of the rounded zeros.
+        assert type(net.up.weight).__name__ == "TinyGemmWeightQBitsTensor", type(net.up.weight)
     (folder / case).mkdir()
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / case / "model.safetensors")
     (folder / case / "quantization_map.json").write_text(json.dumps(quantization_map(net)))

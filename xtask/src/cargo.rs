@@ -82,7 +82,7 @@ impl Cargo {
                 let mut stdout = std::io::stdout().lock();
                 while output.read_until(b'\n', &mut line)? > 0 {
                     stdout.write_all(&line)?;
-                    count.add(&String::from_utf8_lossy(&line));
+                    count.take_in(&String::from_utf8_lossy(&line));
                     line.clear();
                 }
             }
@@ -113,7 +113,7 @@ fn is_set_by_cargo_run(name: &str) -> bool {
         || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// The sum over all test programs of one `cargo test`.
+/// The sum over all test programs.
 #[derive(Debug, Default, PartialEq)]
 pub struct TestCount {
     passed: u64,
@@ -122,8 +122,15 @@ pub struct TestCount {
 }
 
 impl TestCount {
+    /// Adds what another `cargo test` counted.
+    pub fn add(&mut self, other: TestCount) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+    }
+
     /// Takes in a line of output; only those that close a test program count.
-    fn add(&mut self, line: &str) {
+    fn take_in(&mut self, line: &str) {
         let Some((_, results)) = line.strip_prefix("test result: ").and_then(|verdict| verdict.split_once(". ")) else {
             return;
         };
@@ -176,8 +183,9 @@ mod tests {
             "test result: FAILED. 40 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.25s\n",
             "test a_result: 9 passed ... ok\n",
         ] {
-            count.add(line);
+            count.take_in(line);
         }
-        assert_eq!(count.to_string(), "43 passed, 2 failed, 1 skipped");
+        count.add(TestCount { passed: 5, failed: 0, ignored: 2 });
+        assert_eq!(count.to_string(), "48 passed, 2 failed, 3 skipped");
     }
 }

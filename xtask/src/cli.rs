@@ -13,8 +13,10 @@ Usage: cargo xtask <command> [options]
                               the libraries that tests and benches compare with.
   demo [ARGS...]              Run the demo, in release mode; ARGS go to it.
   test [--no-peers] [-- ARGS] Check the format, lints and docs, then run every
-                              test; ARGS go to `cargo test`. --no-peers leaves
-                              out what compares with the Python libraries.
+                              test, also of examples/serve; ARGS go to the
+                              library's `cargo test`, and those alone are run.
+                              --no-peers leaves out what compares with the
+                              Python libraries.
   bench [ARGS...]             Run the benches; ARGS go to `cargo bench`.
   doc [--open]                Build the documentation; warnings are errors.
 

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use cargo::Cargo;
+use cargo::{Cargo, TestCount};
 use cli::{Command, HELP};
 use libtorch::Libtorch;
 use python::{Requirements, Venv};
@@ -120,32 +120,47 @@ fn doc<const N: usize>(ready: &Ready, args: [&str; N]) -> Cargo {
     ready.cargo(["doc", "--no-deps"]).args(args).env("RUSTDOCFLAGS", "-D warnings")
 }
 
+/// The example that is a crate of its own, and builds into the same folder.
+const SERVE: [&str; 2] = ["--manifest-path", "examples/serve/Cargo.toml"];
+const SHARED: [&str; 2] = ["--target-dir", "target"];
+
 /// Format, lints, documentation and tests, stopping at the first that fails.
 fn test(ready: &Ready, args: Vec<OsString>) -> Result<()> {
     tools::check_components(|command| ready.cargo([command, "--version"]).succeeds_quietly())?;
     if ready.peers.is_none() {
         println!("Without the Python peers: tests that compare with them check nothing.");
     }
-    let fmt = ready.cargo(["fmt", "--all", "--check"]);
-    let lints = ["clippy", "--workspace", "--all-targets"];
-    let clippy = ready.cargo(lints).args(["--", "-D", "warnings"]);
-    let doc = doc(ready, ["--workspace"]);
-    let mut tests = ready.cargo(["test", "--workspace"]).args(args);
-    if ready.peers.is_none() {
-        tests = tests.env(cargo::PEER_PYTHON, "");
-    }
+    let fmt = |cargo: Cargo| cargo.args(["--all", "--check"]);
+    let clippy = |cargo: Cargo| cargo.args(["--all-targets", "--", "-D", "warnings"]);
+    let test = |cargo: Cargo| match ready.peers {
+        Some(_) => cargo,
+        None => cargo.env(cargo::PEER_PYTHON, ""),
+    };
+    let workspace = |command| ready.cargo([command, "--workspace"]);
+    let serve = |command| ready.cargo([command]).args(SERVE).args(SHARED);
+    let checks = [
+        ("format", fmt(ready.cargo(["fmt"]))),
+        ("format", fmt(ready.cargo(["fmt"]).args(SERVE))),
+        ("lints", clippy(workspace("clippy"))),
+        ("lints", clippy(serve("clippy"))),
+        ("docs", doc(ready, ["--workspace"])),
+    ];
+    // Arguments name tests of the library.
+    let of_serve = args.is_empty().then(|| test(serve("test")));
+    let tests = std::iter::once(test(workspace("test")).args(args)).chain(of_serve);
+    let steps: Vec<_> = checks.into_iter().chain(tests.map(|step| ("tests", step))).collect();
 
-    let mut times: Vec<(&str, Duration)> = Vec::new();
-    for (name, step) in [("format", fmt), ("lints", clippy), ("docs", doc)] {
+    let (mut times, mut count): (Vec<(&str, Duration)>, _) = (Vec::new(), TestCount::default());
+    let all = steps.len();
+    for (n, (name, step)) in steps.into_iter().enumerate() {
         let start = Instant::now();
-        announce(times.len() + 1, name, &step);
-        step.run()?;
+        println!("\n==> {}/{all} {name}: {}", n + 1, step.display());
+        match name {
+            "tests" => count.add(step.run_counting_tests()?),
+            _ => step.run()?,
+        }
         times.push((name, start.elapsed()));
     }
-    let start = Instant::now();
-    announce(times.len() + 1, "tests", &tests);
-    let count = tests.run_counting_tests()?;
-    times.push(("tests", start.elapsed()));
 
     println!();
     for (name, time) in times {
@@ -157,9 +172,4 @@ fn test(ready: &Ready, args: Vec<OsString>) -> Result<()> {
     }
     println!("{count}");
     Ok(())
-}
-
-/// One line before a step, with the command in a form to copy.
-fn announce(number: usize, name: &str, step: &Cargo) {
-    println!("\n==> {number}/4 {name}: {}", step.display());
 }

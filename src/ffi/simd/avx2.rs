@@ -43,6 +43,20 @@ impl Avx2 {
         }
     }
 
+    /// The words at the lower four bits of each byte.
+    #[inline(always)]
+    fn look_up_words(self, [low, high]: [__m256i; 2], index: __m256i, to: &mut [u16; 2 * LANES]) {
+        // SAFETY: see below.
+        unsafe {
+            let index = _mm256_and_si256(index, _mm256_set1_epi8(15));
+            let (low, high) = (_mm256_shuffle_epi8(low, index), _mm256_shuffle_epi8(high, index));
+            let (a, b) = (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
+            let to = to.as_mut_ptr().cast::<__m256i>();
+            _mm256_storeu_si256(to, _mm256_permute2x128_si256::<0x20>(a, b));
+            _mm256_storeu_si256(to.add(1), _mm256_permute2x128_si256::<0x31>(a, b));
+        }
+    }
+
     /// The two halves of 16 bytes.
     #[inline(always)]
     fn halves(self, bytes: &[u8; LANES]) -> [__m128i; 2] {
@@ -56,6 +70,8 @@ impl Avx2 {
 // stay within them, and don't ask for alignment.
 impl Simd for Avx2 {
     type V = V;
+    /// The lower bytes of the words, and the upper ones, in each half.
+    type Words = [__m256i; 2];
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -177,6 +193,42 @@ impl Simd for Avx2 {
             let codes = _mm256_srl_epi32(_mm256_cvtepu8_epi32(half), _mm_cvtsi32_si128(shift as i32));
             self.look_up(table, codes)
         })
+    }
+
+    #[inline(always)]
+    fn words(self, words: &[u16; LANES]) -> [__m256i; 2] {
+        let bytes = [words.map(|word| word as u8), words.map(|word| (word >> 8) as u8)];
+        // SAFETY: see above.
+        bytes.map(|bytes| unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast())) })
+    }
+
+    #[inline(always)]
+    fn look_up_nibbles_as_words(self, table: [__m256i; 2], bytes: &[u8; LANES], to: &mut [u16; 2 * LANES]) {
+        // SAFETY: see above.
+        unsafe {
+            let words = _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes.as_ptr().cast()));
+            // The even element, from the high half, comes first.
+            let codes = _mm256_or_si256(_mm256_srli_epi16::<4>(words), _mm256_slli_epi16::<8>(words));
+            self.look_up_words(table, codes, to);
+        }
+    }
+
+    #[inline(always)]
+    fn look_up_field_as_words(
+        self,
+        table: [__m256i; 2],
+        bytes: &[u8; 2 * LANES],
+        shift: u32,
+        to: &mut [u16; 2 * LANES],
+    ) {
+        // SAFETY: see above.
+        unsafe {
+            let bytes = _mm256_loadu_si256(bytes.as_ptr().cast());
+            let shifted = _mm256_srl_epi16(bytes, _mm_cvtsi32_si128(shift as i32));
+            // Without the bits of the byte above.
+            let own = _mm256_set1_epi8((0xff >> (shift & 7)) as i8);
+            self.look_up_words(table, _mm256_and_si256(shifted, own), to);
+        }
     }
 
     #[inline(always)]

@@ -26,6 +26,8 @@ impl Avx512 {
 // size that they touch, and don't ask for alignment.
 impl Simd for Avx512 {
     type V = __m512;
+    /// Twice over, for look-ups by five bits.
+    type Words = __m512i;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -135,8 +137,57 @@ impl Simd for Avx512 {
         // SAFETY: see above.
         unsafe {
             let lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
-            let codes = _mm512_srl_epi32(lanes, _mm_cvtsi32_si128(shift as i32));
+            let codes = _mm512_srlv_epi32(lanes, _mm512_set1_epi32((shift & 31) as i32));
             _mm512_permutexvar_ps(codes, table)
+        }
+    }
+
+    #[inline(always)]
+    fn words(self, words: &[u16; LANES]) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_broadcast_i64x4(_mm256_loadu_si256(words.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn look_up_nibbles_as_words(self, table: __m512i, bytes: &[u8; LANES], to: &mut [u16; 2 * LANES]) {
+        // The upper word of a lane holds the whole byte: the look-up ignores all
+        // but five bits, and the fifth changes nothing.
+        // SAFETY: see above.
+        unsafe {
+            let lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
+            let codes = _mm512_or_si512(_mm512_srli_epi32::<4>(lanes), _mm512_slli_epi32::<16>(lanes));
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_permutexvar_epi16(codes, table));
+        }
+    }
+
+    #[inline(always)]
+    fn look_up_field_as_words(self, table: __m512i, bytes: &[u8; 2 * LANES], shift: u32, to: &mut [u16; 2 * LANES]) {
+        // SAFETY: see above.
+        unsafe {
+            let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes.as_ptr().cast()));
+            let codes = _mm512_srlv_epi16(words, _mm512_set1_epi16((shift & 15) as i16));
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_permutexvar_epi16(codes, table));
+        }
+    }
+
+    #[inline(always)]
+    fn store_bf16_pair(self, v: [__m512; 2], to: &mut [bf16; 2 * LANES]) {
+        const ODD: [i16; 2 * LANES] = {
+            let mut odd = [1; 2 * LANES];
+            let mut i = 1;
+            while i < odd.len() {
+                odd[i] = odd[i - 1] + 2;
+                i += 1;
+            }
+            odd
+        };
+        // The upper halves of both at once.
+        // SAFETY: see above; `bf16` is a transparent `u16`.
+        unsafe {
+            let a = _mm512_castps_si512(self.round_bf16(v[0]));
+            let b = _mm512_castps_si512(self.round_bf16(v[1]));
+            let places = _mm512_loadu_si512(ODD.as_ptr().cast());
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_permutex2var_epi16(a, places, b));
         }
     }
 
@@ -151,10 +202,10 @@ impl Simd for Avx512 {
         // See `portable::e4m3`.
         // SAFETY: see above.
         unsafe {
-            let words = _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes.as_ptr().cast()));
-            let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(words, _mm256_set1_epi16(0x80)));
-            let rest = _mm256_slli_epi16::<7>(_mm256_and_si256(words, _mm256_set1_epi16(0x7f)));
-            _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, rest)), _mm512_set1_ps(256.0))
+            let words = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(bytes.as_ptr().cast())));
+            // The sign is in the two upper bits.
+            let half = _mm256_and_si256(words, _mm256_set1_epi16(!0x4000));
+            _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0))
         }
     }
 

@@ -14,6 +14,7 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod packing;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -22,15 +23,18 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
+pub(crate) use packing::Packing;
 pub(crate) use portable::Portable;
 
 /// Lanes of a [`Simd::V`].
 pub(crate) const LANES: usize = 16;
 
 /// An instruction set, proven to be there.
-pub(crate) trait Simd: Copy + Send + Sync + 'static {
+pub(crate) trait Simd: Packing<<Self as Simd>::V> + Send + Sync + 'static {
     /// Sixteen f32.
     type V: Copy;
+    /// Sixteen words, to look up in.
+    type Words: Copy;
 
     /// Runs a kernel compiled for this instruction set.
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
@@ -51,6 +55,15 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn round_f16(self, v: Self::V) -> Self::V;
     /// Stores the nearest bf16.
     fn store_bf16(self, v: Self::V, to: &mut [half::bf16; LANES]);
+    /// Stores the nearest bf16 of both.
+    #[inline(always)]
+    fn store_bf16_pair(self, v: [Self::V; 2], to: &mut [half::bf16; 2 * LANES]) {
+        let (first, second) = to.split_at_mut(LANES);
+        if let (Some(first), Some(second)) = (first.first_chunk_mut(), second.first_chunk_mut()) {
+            self.store_bf16(v[0], first);
+            self.store_bf16(v[1], second);
+        }
+    }
     /// Stores the nearest f16.
     fn store_f16(self, v: Self::V, to: &mut [half::f16; LANES]);
 
@@ -58,6 +71,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn look_up_nibbles(self, table: Self::V, bytes: &[u8; LANES / 2]) -> Self::V;
     /// `table[(b >> shift) & 15]` for each of 16 bytes.
     fn look_up_field(self, table: Self::V, bytes: &[u8; LANES], shift: u32) -> Self::V;
+    /// Sixteen words to look up in.
+    fn words(self, words: &[u16; LANES]) -> Self::Words;
+    /// As [`look_up_nibbles`](Self::look_up_nibbles), of 16 bytes and of words.
+    fn look_up_nibbles_as_words(self, table: Self::Words, bytes: &[u8; LANES], to: &mut [u16; 2 * LANES]);
+    /// As [`look_up_field`](Self::look_up_field), of 32 bytes and of words.
+    fn look_up_field_as_words(self, table: Self::Words, bytes: &[u8; 2 * LANES], shift: u32, to: &mut [u16; 2 * LANES]);
     /// Signed bytes.
     fn widen_i8(self, bytes: &[u8; LANES]) -> Self::V;
     /// Bytes of the float with 4 exponent and 3 mantissa bits, finite values
@@ -151,16 +170,45 @@ mod tests {
             keep(s.mul(v, v));
             keep(s.round_bf16(v));
             keep(s.round_f16(v));
+            keep(s.add(v, s.splat(1.5)));
+            keep(s.div(v, s.splat(-0.3)));
+            keep(s.abs(v));
+            let reversed = s.load(&std::array::from_fn(|i| self.values[LANES - 1 - i]));
+            keep(s.min(v, reversed));
+            keep(s.max(v, reversed));
+            keep(s.min(s.splat(0.0), s.splat(-0.0)));
+            keep(s.max(s.splat(0.0), s.splat(-0.0)));
+            let small = s.max(s.min(s.mul(v, s.splat(0.5)), s.splat(255.0)), s.splat(-128.0));
+            let halves = s.load(&std::array::from_fn(|i| f32::from(bytes[i]) / 2.0 - 60.0));
+            keep(s.round(small));
+            keep(s.round(halves));
+            keep(s.load_bf16(&self.values.map(bf16::from_f32)));
+            keep(s.load_f16(&self.values.map(f16::from_f32)));
             keep(s.look_up_nibbles(v, half));
             for shift in [0, 2, 4, 6] {
                 keep(s.look_up_field(v, bytes, shift));
             }
+            let words = s.words(&self.values.map(|v| (v.to_bits() >> 16) as u16));
+            let mut wide = [[0; 2 * LANES]; 6];
+            s.look_up_nibbles_as_words(words, bytes, &mut wide[0]);
+            let twice: [u8; 2 * LANES] = std::array::from_fn(|i| bytes[i % LANES] ^ (i / LANES) as u8);
+            for (to, shift) in wide[1..5].iter_mut().zip([0, 2, 4, 6]) {
+                s.look_up_field_as_words(words, &twice, shift, to);
+            }
+            let mut pair = [bf16::ZERO; 2 * LANES];
+            s.store_bf16_pair([v, s.mul(v, v)], &mut pair);
+            wide[5] = pair.map(bf16::to_bits);
             keep(s.widen_i8(bytes));
             keep(s.decode_e4m3(bytes));
             keep(s.decode_e5m2(bytes));
             let (mut b, mut f) = ([bf16::ZERO; LANES], [f16::ZERO; LANES]);
             s.store_bf16(v, &mut b);
             s.store_f16(v, &mut f);
+            let bounds = std::array::from_fn(|i| i as f32 * 8.5 - 60.0);
+            for bytes in [s.to_bytes(small), s.to_bytes(halves), s.count_below(halves, &bounds)] {
+                results.push(bytes.map(u32::from).to_vec());
+            }
+            results.extend(wide.map(|words| words.map(u32::from).to_vec()));
             results.push(b.map(|b| u32::from(b.to_bits())).to_vec());
             results.push(f.map(|f| u32::from(f.to_bits())).to_vec());
             results

@@ -38,6 +38,20 @@ impl Neon {
         }
     }
 
+    /// The words at two times 16 codes below 16.
+    #[inline(always)]
+    fn look_up_words(self, [low, high]: [uint8x16_t; 2], codes: [uint8x16_t; 2], to: &mut [u16; 2 * LANES]) {
+        for (i, codes) in codes.into_iter().enumerate() {
+            // SAFETY: see below.
+            unsafe {
+                let words = vzipq_u8(vqtbl1q_u8(low, codes), vqtbl1q_u8(high, codes));
+                let to = to.as_mut_ptr().add(LANES * i);
+                vst1q_u16(to, vreinterpretq_u16_u8(words.0));
+                vst1q_u16(to.add(LANES / 2), vreinterpretq_u16_u8(words.1));
+            }
+        }
+    }
+
     /// Sixteen bytes, sign-extended to four times four lanes.
     #[inline(always)]
     fn widen(self, bytes: &[u8; LANES]) -> [int32x4_t; 4] {
@@ -55,6 +69,8 @@ impl Neon {
 // stay within them.
 impl Simd for Neon {
     type V = V;
+    /// The lower bytes of the words, and the upper ones.
+    type Words = [uint8x16_t; 2];
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -164,6 +180,39 @@ impl Simd for Neon {
             vandq_u8(shifted, vdupq_n_u8(15))
         };
         self.look_up(table, codes)
+    }
+
+    #[inline(always)]
+    fn words(self, words: &[u16; LANES]) -> [uint8x16_t; 2] {
+        let bytes = [words.map(|word| word as u8), words.map(|word| (word >> 8) as u8)];
+        // SAFETY: see above.
+        bytes.map(|bytes| unsafe { vld1q_u8(bytes.as_ptr()) })
+    }
+
+    #[inline(always)]
+    fn look_up_nibbles_as_words(self, table: [uint8x16_t; 2], bytes: &[u8; LANES], to: &mut [u16; 2 * LANES]) {
+        // SAFETY: see above.
+        unsafe {
+            let bytes = vld1q_u8(bytes.as_ptr());
+            let pairs = vzipq_u8(vshrq_n_u8::<4>(bytes), vandq_u8(bytes, vdupq_n_u8(15)));
+            self.look_up_words(table, [pairs.0, pairs.1], to);
+        }
+    }
+
+    #[inline(always)]
+    fn look_up_field_as_words(
+        self,
+        table: [uint8x16_t; 2],
+        bytes: &[u8; 2 * LANES],
+        shift: u32,
+        to: &mut [u16; 2 * LANES],
+    ) {
+        // SAFETY: see above.
+        let codes = [0, LANES].map(|start| unsafe {
+            let shifted = vshlq_u8(vld1q_u8(bytes.as_ptr().add(start)), vdupq_n_s8(-(shift as i8)));
+            vandq_u8(shifted, vdupq_n_u8(15))
+        });
+        self.look_up_words(table, codes, to);
     }
 
     #[inline(always)]

@@ -28,6 +28,7 @@ pub(super) fn e5m2(byte: u8) -> f32 {
 
 impl Simd for Portable {
     type V = V;
+    type Words = [u16; LANES];
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -97,6 +98,27 @@ impl Simd for Portable {
     #[inline(always)]
     fn look_up_field(self, table: V, bytes: &[u8; LANES], shift: u32) -> V {
         bytes.map(|byte| table[usize::from(byte >> shift & 15)])
+    }
+
+    #[inline(always)]
+    fn words(self, words: &[u16; LANES]) -> [u16; LANES] {
+        *words
+    }
+
+    #[inline(always)]
+    fn look_up_nibbles_as_words(self, table: [u16; LANES], bytes: &[u8; LANES], to: &mut [u16; 2 * LANES]) {
+        *to = from_fn(|i| table[usize::from(bytes[i / 2] >> (4 - 4 * (i % 2)) & 15)]);
+    }
+
+    #[inline(always)]
+    fn look_up_field_as_words(
+        self,
+        table: [u16; LANES],
+        bytes: &[u8; 2 * LANES],
+        shift: u32,
+        to: &mut [u16; 2 * LANES],
+    ) {
+        *to = bytes.map(|byte| table[usize::from(byte >> shift & 15)]);
     }
 
     #[inline(always)]

@@ -6,7 +6,7 @@ use crate::lora::{Loha, LohaConfig, Lokr, LokrConfig, LokrInit, LycorisConfig};
 use serde_json::{Map, Value, json};
 
 /// Fields that have a place of their own.
-const TYPED: [&str; 16] = [
+const TYPED: [&str; 17] = [
     "alpha",
     "alpha_pattern",
     "decompose_both",
@@ -23,6 +23,7 @@ const TYPED: [&str; 16] = [
     "rank_pattern",
     "target_modules",
     "use_effective_conv2d",
+    "w1_pattern",
 ];
 
 /// The fields that only one method has.
@@ -38,7 +39,8 @@ pub(super) trait Fields {
 }
 
 impl Fields for Loha {
-    const FOREIGN: &'static [&'static str] = &["decompose_both", "decompose_factor", "rank_dropout_scale"];
+    const FOREIGN: &'static [&'static str] =
+        &["decompose_both", "decompose_factor", "rank_dropout_scale", "w1_pattern"];
 
     fn fields(&self) -> Value {
         json!({"init_weights": self.init_weights})
@@ -53,8 +55,8 @@ impl Fields for Lokr {
     const FOREIGN: &'static [&'static str] = &[];
 
     fn fields(&self) -> Value {
-        let Lokr { init_weights, decompose_both, decompose_factor, rank_dropout_scale } = self;
-        json!({
+        let Lokr { init_weights, decompose_both, decompose_factor, rank_dropout_scale, w1_pattern } = self;
+        let mut fields = json!({
             "decompose_both": decompose_both,
             "decompose_factor": decompose_factor,
             "init_weights": match init_weights {
@@ -63,7 +65,12 @@ impl Fields for Lokr {
                 LokrInit::Lycoris => json!("lycoris"),
             },
             "rank_dropout_scale": rank_dropout_scale,
-        })
+        });
+        // Only where it says something: PEFT doesn't know it.
+        if !w1_pattern.is_empty() {
+            fields["w1_pattern"] = pattern(w1_pattern, |sizes| json!(sizes));
+        }
+        fields
     }
 
     fn read(reader: &Reader) -> Result<Self> {
@@ -78,6 +85,7 @@ impl Fields for Lokr {
             decompose_both: reader.flag("decompose_both")?.unwrap_or(default.decompose_both),
             decompose_factor: reader.read("decompose_factor", "an integer")?.unwrap_or(default.decompose_factor),
             rank_dropout_scale: reader.flag("rank_dropout_scale")?.unwrap_or(default.rank_dropout_scale),
+            w1_pattern: reader.pattern("w1_pattern", "two sizes by patterns")?,
         })
     }
 }

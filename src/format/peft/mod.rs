@@ -72,14 +72,7 @@ fn map(value: Value) -> Map<String, Value> {
 
 /// The configuration as PEFT writes it: all keys, sorted, two spaces.
 pub(crate) fn config_to_json(config: &AdapterConfig) -> Result<Vec<u8>> {
-    let mut fields = passive();
-    match config {
-        AdapterConfig::Lora(config) => return to_json(config_fields(config)),
-        AdapterConfig::Loha(config) => lycoris::write(config, &mut fields),
-        AdapterConfig::Lokr(config) => lycoris::write(config, &mut fields),
-    }
-    fields.insert("peft_type".into(), config.peft_type().into());
-    to_json(fields)
+    to_json(config_fields(config))
 }
 
 /// JSON as Python's `json.dumps(indent=2, sort_keys=True)` lays it out.
@@ -89,11 +82,15 @@ pub(super) fn to_json(fields: Map<String, Value>) -> Result<Vec<u8>> {
     serde_json::to_vec_pretty(&fields).map_err(|error| Error::config("adapter_config", "JSON", error))
 }
 
-/// All fields of LoRA's as PEFT has them.
-pub(super) fn config_fields(config: &LoraConfig) -> Map<String, Value> {
+/// All fields as PEFT has them.
+pub(super) fn config_fields(config: &AdapterConfig) -> Map<String, Value> {
     let mut fields = passive();
-    lora::write(config, &mut fields);
-    fields.insert("peft_type".into(), "LORA".into());
+    match config {
+        AdapterConfig::Lora(config) => lora::write(config, &mut fields),
+        AdapterConfig::Loha(config) => lycoris::write(config, &mut fields),
+        AdapterConfig::Lokr(config) => lycoris::write(config, &mut fields),
+    }
+    fields.insert("peft_type".into(), config.peft_type().into());
     fields
 }
 
@@ -188,23 +185,6 @@ macro_rules! files_of {
 files_of!(LoraConfig, Lora);
 files_of!(LohaConfig, Loha);
 files_of!(LokrConfig, Lokr);
-
-impl AdapterConfig {
-    /// For what only holds LoRA.
-    pub(super) fn into_lora(self) -> Result<LoraConfig> {
-        match self {
-            AdapterConfig::Lora(config) => Ok(config),
-            other => Err(other_kind(&other.peft_type().into())),
-        }
-    }
-}
-
-impl ReadConfig {
-    /// The configuration and unknown keys, for what only holds LoRA.
-    pub(super) fn lora(self) -> Result<(LoraConfig, Vec<String>)> {
-        Ok((self.config.into_lora()?, self.unknown))
-    }
-}
 
 fn other_kind(found: &Value) -> Error {
     Error::Unsupported { fields: vec![format!("peft_type = {found}")] }

@@ -1,6 +1,6 @@
 //! A configuration of any kind of adapter.
 
-use super::{Bias, LayerSettings, LoraConfig, Selection, TargetModules};
+use super::{Bias, LayerPattern, LayerSettings, LoraConfig, OneOrMany, Selection, TargetModules};
 use crate::error::Result;
 use crate::lora::lycoris::{LohaConfig, LokrConfig};
 use serde_json::{Map, Value};
@@ -93,7 +93,7 @@ impl AdapterConfig {
         match self {
             AdapterConfig::Lora(config) => config.layer_settings(paths),
             AdapterConfig::Loha(config) => config.layer_settings(paths),
-            AdapterConfig::Lokr(config) => config.layer_settings(paths),
+            AdapterConfig::Lokr(config) => config.lokr_settings(paths),
         }
     }
 
@@ -114,6 +114,49 @@ impl AdapterConfig {
     /// Which biases of the base are trained.
     pub(crate) fn bias(&self) -> Bias {
         self.as_lora().map_or(Bias::None, |config| config.bias)
+    }
+
+    /// The fields that say which layers it means, and their ranks and alphas.
+    pub(crate) fn placed_mut(&mut self) -> Placed<'_> {
+        macro_rules! placed {
+            ($config:ident, $alpha:ident) => {
+                Placed {
+                    r: &mut $config.r,
+                    alpha: &mut $config.$alpha,
+                    rank_pattern: &mut $config.rank_pattern,
+                    alpha_pattern: &mut $config.alpha_pattern,
+                    target_modules: &mut $config.target_modules,
+                    exclude_modules: &mut $config.exclude_modules,
+                    layers_to_transform: &mut $config.layers_to_transform,
+                    layers_pattern: &mut $config.layers_pattern,
+                }
+            };
+        }
+        match self {
+            AdapterConfig::Lora(config) => placed!(config, lora_alpha),
+            AdapterConfig::Loha(config) => placed!(config, alpha),
+            AdapterConfig::Lokr(config) => placed!(config, alpha),
+        }
+    }
+
+    /// Those of `paths` that it targets, as [`LoraConfig::matched`] has them.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn matched<'a>(&self, paths: impl IntoIterator<Item = &'a str>) -> Result<Vec<&'a str>> {
+        self.selection().matched(paths)
+    }
+
+    /// Whether it is in range and doesn't contradict itself.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config), naming the field.
+    pub(crate) fn validate(self) -> Result<Self> {
+        Ok(match self {
+            AdapterConfig::Lora(config) => config.validate()?.into(),
+            AdapterConfig::Loha(config) => config.validate()?.into(),
+            AdapterConfig::Lokr(config) => config.validate()?.into(),
+        })
     }
 
     /// The fields of a file that have no place of their own.
@@ -137,11 +180,10 @@ impl AdapterConfig {
     /// of `modules`, as in PEFT's files, and patterns, which were matched with
     /// `names`, are put into an order that survives a save.
     pub(crate) fn settle(&mut self, names: &[String], modules: Vec<String>) {
-        let (ranks, alphas, target) = match self {
-            AdapterConfig::Lora(c) => (&mut c.rank_pattern, &mut c.alpha_pattern, &mut c.target_modules),
-            AdapterConfig::Loha(c) => (&mut c.rank_pattern, &mut c.alpha_pattern, &mut c.target_modules),
-            AdapterConfig::Lokr(c) => (&mut c.rank_pattern, &mut c.alpha_pattern, &mut c.target_modules),
-        };
+        if let AdapterConfig::Lokr(config) = self {
+            config.method.w1_pattern = config.method.w1_pattern.settle(names);
+        }
+        let Placed { rank_pattern: ranks, alpha_pattern: alphas, target_modules: target, .. } = self.placed_mut();
         for (field, unmatched) in [("rank_pattern", ranks.unmatched(names)), ("alpha_pattern", alphas.unmatched(names))]
         {
             if let Some(pattern) = unmatched {
@@ -154,6 +196,19 @@ impl AdapterConfig {
             *target = Some(TargetModules::List(modules));
         }
     }
+}
+
+/// Fields that every kind of configuration has.
+#[derive(Debug)]
+pub(crate) struct Placed<'a> {
+    pub(crate) r: &'a mut i64,
+    pub(crate) alpha: &'a mut f64,
+    pub(crate) rank_pattern: &'a mut LayerPattern<i64>,
+    pub(crate) alpha_pattern: &'a mut LayerPattern<f64>,
+    pub(crate) target_modules: &'a mut Option<TargetModules>,
+    pub(crate) exclude_modules: &'a mut Option<TargetModules>,
+    pub(crate) layers_to_transform: &'a mut Option<OneOrMany<i64>>,
+    pub(crate) layers_pattern: &'a mut Option<OneOrMany<String>>,
 }
 
 /// `field: recorded …, given …` for each field that differs, of lists in the

@@ -17,7 +17,7 @@ pub use pattern::LayerPattern;
 pub(crate) use selection::Selection;
 pub(crate) use support::FOREIGN;
 use support::means_nothing;
-pub(in crate::lora) use validate::{layer_number, whole};
+pub(in crate::lora) use validate::{ALPHA, is_alpha, layer_number, whole};
 pub use values::{Bias, InitLoraWeights, OneOrMany, TargetModules, TokenIndices};
 
 use super::init::data::{CordaConfig, EvaConfig, LoraGaConfig};
@@ -160,6 +160,8 @@ pub struct LayerSettings {
     pub lora_alpha: f64,
     /// The factor s of ΔW = s · B · A, see [`LoraConfig::scaling`].
     pub scaling: f64,
+    /// The sizes (a, c) of LoKr's W₁, where [`Lokr::w1_pattern`](crate::Lokr::w1_pattern) gives them.
+    pub w1: Option<[i64; 2]>,
 }
 
 impl LoraConfig {
@@ -322,7 +324,7 @@ impl LoraConfig {
         let settings = |path| {
             let r = ranks.get(path).unwrap_or(self.r);
             let lora_alpha = alphas.get(path).unwrap_or(self.lora_alpha);
-            LayerSettings { r, lora_alpha, scaling: self.scaling_of(r, lora_alpha) }
+            LayerSettings { r, lora_alpha, scaling: self.scaling_of(r, lora_alpha), w1: None }
         };
         paths.into_iter().map(settings).collect()
     }
@@ -344,8 +346,7 @@ impl LoraConfig {
     /// [`Error::Config`](crate::Error::Config) for a regular expression that
     /// can't be compiled.
     pub fn matched<'a>(&self, paths: impl IntoIterator<Item = &'a str>) -> crate::Result<Vec<&'a str>> {
-        let matcher = super::target::Matcher::new(&self.selection())?;
-        Ok(paths.into_iter().filter(|path| matcher.matches(path)).collect())
+        self.selection().matched(paths)
     }
 
     /// Which modules it means.

@@ -82,7 +82,7 @@ impl<T: Copy + PartialEq> LayerPattern<T> {
     /// Checks the patterns; `valid` tells which values are fit.
     pub(in crate::lora) fn validate(&self, field: &str, expected: &str, valid: impl Fn(T) -> bool) -> Result<()>
     where
-        T: std::fmt::Display,
+        T: std::fmt::Debug,
     {
         for (i, (pattern, value)) in self.entries().enumerate() {
             if pattern.is_empty() || self.0.iter().take(i).any(|(earlier, _)| earlier == pattern) {
@@ -91,7 +91,7 @@ impl<T: Copy + PartialEq> LayerPattern<T> {
             regex(pattern)
                 .map_err(|reason| Error::config(field, super::NO_LOOK_AROUND, format!("{pattern:?} ({reason})")))?;
             if !valid(value) {
-                return Err(Error::config(field, expected, format!("{value} for {pattern:?}")));
+                return Err(Error::config(field, expected, format!("{value:?} for {pattern:?}")));
             }
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 use super::{NO_LOOK_AROUND, OneOrMany, TargetModules, compile, layer_number, whole};
 use crate::error::{Error, Result};
+use crate::lora::target::Matcher;
 
 /// The fields that choose modules.
 #[derive(Debug, Clone, Copy)]
@@ -23,6 +24,15 @@ impl<'a> Selection<'a> {
     /// The names of the lists that `layers` counts.
     pub(crate) fn lists(&self) -> &'a [String] {
         self.layers_pattern.map_or(&[], OneOrMany::as_slice)
+    }
+
+    /// The paths that PEFT's rules mean, in their order.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a regular expression that can't be compiled.
+    pub(crate) fn matched<'p>(&self, paths: impl IntoIterator<Item = &'p str>) -> Result<Vec<&'p str>> {
+        let matcher = Matcher::new(self)?;
+        Ok(paths.into_iter().filter(|path| matcher.matches(path)).collect())
     }
 
     /// Each field in a form to compare and to read. Targets are sets.

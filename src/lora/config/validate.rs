@@ -5,6 +5,14 @@ use super::{InitLoraWeights, LoraConfig, TokenIndices};
 use crate::error::{Error, Result};
 use tch::Kind;
 
+/// What [`is_alpha`] wants.
+pub(in crate::lora) const ALPHA: &str = "a finite number, in f32 too";
+
+/// Whether a scale of this numerator can be multiplied with tensors.
+pub(in crate::lora) fn is_alpha(alpha: f64) -> bool {
+    (alpha as f32).is_finite()
+}
+
 impl LoraConfig {
     pub(crate) fn validate(self) -> Result<Self> {
         self.check_numbers()?;
@@ -18,8 +26,8 @@ impl LoraConfig {
         if self.r < 1 {
             return Err(Error::config("r", "a rank of at least 1", self.r));
         }
-        if !self.lora_alpha.is_finite() {
-            return Err(Error::config("lora_alpha", "a finite number", self.lora_alpha));
+        if !is_alpha(self.lora_alpha) {
+            return Err(Error::config("lora_alpha", ALPHA, self.lora_alpha));
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return Err(Error::config("lora_dropout", "a probability in [0, 1)", self.lora_dropout));
@@ -29,7 +37,7 @@ impl LoraConfig {
             return Err(Error::config("dtype", "f32, f64, bf16 or f16", format!("{kind:?}")));
         }
         self.rank_pattern.validate("rank_pattern", "ranks of at least 1", |r| r >= 1)?;
-        self.alpha_pattern.validate("alpha_pattern", "finite numbers", f64::is_finite)
+        self.alpha_pattern.validate("alpha_pattern", ALPHA, is_alpha)
     }
 
     fn check_modules(&self) -> Result<()> {

@@ -123,6 +123,12 @@ impl LokrConfigBuilder {
         self.with(|c| c.method.decompose_factor = factor)
     }
 
+    /// The sizes (a, c) of the left factor in some of the layers, see
+    /// [`Lokr::w1_pattern`].
+    pub fn w1_pattern<S: Into<String>>(self, sizes: impl IntoIterator<Item = (S, [i64; 2])>) -> Self {
+        self.with(|c| c.method.w1_pattern = LayerPattern::new(sizes))
+    }
+
     /// Scales up the rows that rank dropout keeps.
     pub fn rank_dropout_scale(self, on: bool) -> Self {
         self.with(|c| c.method.rank_dropout_scale = on)

@@ -1,6 +1,8 @@
 //! `LohaConfig` and `LokrConfig`, with PEFT's names, defaults and meaning.
 
-use super::super::config::{LayerPattern, LayerSettings, OneOrMany, Selection, TargetModules, shared_accessors};
+use super::super::config::{
+    ALPHA, LayerPattern, LayerSettings, OneOrMany, Selection, TargetModules, is_alpha, shared_accessors,
+};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use tch::Kind;
@@ -67,7 +69,7 @@ impl Default for Loha {
 }
 
 /// The fields that only LoKr has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Lokr {
     /// How the factors start.
     pub init_weights: LokrInit,
@@ -78,11 +80,22 @@ pub struct Lokr {
     pub decompose_factor: i64,
     /// Whether rows that rank dropout keeps are scaled up.
     pub rank_dropout_scale: bool,
+    /// The sizes (a, c) of the left factor in some of the layers, in place of
+    /// those by `decompose_factor`; W₂ has what is left, (out / a, in / c). PEFT
+    /// doesn't have this: it is for files of LyCORIS, whose modules may each
+    /// have a factor of their own.
+    pub w1_pattern: LayerPattern<[i64; 2]>,
 }
 
 impl Default for Lokr {
     fn default() -> Self {
-        Lokr { init_weights: LokrInit::Default, decompose_both: false, decompose_factor: -1, rank_dropout_scale: false }
+        Lokr {
+            init_weights: LokrInit::Default,
+            decompose_both: false,
+            decompose_factor: -1,
+            rank_dropout_scale: false,
+            w1_pattern: LayerPattern::default(),
+        }
     }
 }
 
@@ -168,7 +181,7 @@ impl<M> LycorisConfig<M> {
         let settings = |path| {
             let r = ranks.get(path).unwrap_or(self.r);
             let alpha = alphas.get(path).unwrap_or(self.alpha);
-            LayerSettings { r, lora_alpha: alpha, scaling: alpha / r as f64 }
+            LayerSettings { r, lora_alpha: alpha, scaling: alpha / r as f64, w1: None }
         };
         paths.into_iter().map(settings).collect()
     }
@@ -206,8 +219,8 @@ impl<M> LycorisConfig<M> {
         if self.r < 1 {
             return Err(Error::config("r", "a rank of at least 1", self.r));
         }
-        if !self.alpha.is_finite() {
-            return Err(Error::config("alpha", "a finite number", self.alpha));
+        if !is_alpha(self.alpha) {
+            return Err(Error::config("alpha", ALPHA, self.alpha));
         }
         for (field, p) in [("rank_dropout", self.rank_dropout), ("module_dropout", self.module_dropout)] {
             if !(0.0..1.0).contains(&p) {
@@ -222,7 +235,7 @@ impl<M> LycorisConfig<M> {
             return Err(Error::config("target_modules", "names, a regular expression or \"all-linear\"", "not given"));
         }
         self.rank_pattern.validate("rank_pattern", "ranks of at least 1", |r| r >= 1)?;
-        self.alpha_pattern.validate("alpha_pattern", "finite numbers", f64::is_finite)?;
+        self.alpha_pattern.validate("alpha_pattern", ALPHA, is_alpha)?;
         self.selection().validate()
     }
 }
@@ -242,21 +255,32 @@ impl LohaConfig {
 }
 
 impl LokrConfig {
+    /// [`LycorisConfig::layer_settings`] with the sizes by `w1_pattern`.
+    pub(crate) fn lokr_settings<'a>(&self, paths: impl IntoIterator<Item = &'a str>) -> Vec<LayerSettings> {
+        let paths: Vec<&str> = paths.into_iter().collect();
+        let sizes = self.method.w1_pattern.lookup();
+        let settings = self.layer_settings(paths.iter().copied()).into_iter().zip(paths);
+        settings.map(|(settings, path)| LayerSettings { w1: sizes.get(path), ..settings }).collect()
+    }
+
     /// The fields that change training.
     pub(crate) fn trained_by(&self) -> Vec<(&'static str, String)> {
-        let Lokr { init_weights, decompose_both, decompose_factor, rank_dropout_scale } = self.method;
+        let Lokr { init_weights, decompose_both, decompose_factor, rank_dropout_scale, w1_pattern } = &self.method;
         let mut fields = self.shared();
         fields.extend([
             ("init_weights", format!("{init_weights:?}")),
             ("decompose_both", decompose_both.to_string()),
             ("decompose_factor", decompose_factor.to_string()),
             ("rank_dropout_scale", rank_dropout_scale.to_string()),
+            ("w1_pattern", format!("{:?}", w1_pattern.entries().collect::<Vec<_>>())),
         ]);
         fields
     }
 
     pub(crate) fn validate(self) -> Result<Self> {
         self.validate_shared()?;
+        let sizes = |[a, c]: [i64; 2]| a >= 1 && c >= 1;
+        self.method.w1_pattern.validate("w1_pattern", "two sizes of at least 1", sizes)?;
         match self.method.decompose_factor {
             -1 => Ok(self),
             factor if factor >= 1 => Ok(self),

@@ -45,6 +45,8 @@ pub(crate) struct Place<'a> {
     /// convolution over one or two dimensions.
     pub(super) sizes: &'a [i64],
     pub(super) r: i64,
+    /// The sizes of LoKr's left factor, if they are given.
+    pub(super) w1: Option<[i64; 2]>,
     /// Whether the kernel is decomposed too.
     pub(super) effective: bool,
     pub(super) options: (Kind, Device),

@@ -58,7 +58,14 @@ pub(crate) fn layer<M: Method>(
     }
     let kind = parameter_kind(config.dtype, weight.kind());
     let options = (kind, weight.device());
-    let place = Place { sizes, r: settings.r, effective: config.use_effective_conv2d, options };
+    let LayerSettings { r, w1, .. } = settings;
+    let place = Place { sizes, r, w1, effective: config.use_effective_conv2d, options };
+    if let Some([a, c]) = w1
+        && (sizes[0] % a != 0 || sizes[1] % c != 0)
+    {
+        let expected = format!("sizes that divide {} and {} for {path}", sizes[0], sizes[1]);
+        return Err(Error::config("w1_pattern", expected, format!("[{a}, {c}]")));
+    }
     let Start { formula, tensors } = config.method.start(&place)?;
     let trainable = |(name, tensor): (&'static str, Tensor)| {
         Ok::<_, Error>((name, SharedTensor::new(tensor.f_set_requires_grad(true)?)))

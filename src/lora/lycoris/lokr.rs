@@ -121,11 +121,11 @@ fn kronecker(left: &Tensor, right: &Tensor) -> Result<Tensor> {
 impl Method for Lokr {
     fn start(&self, place: &Place) -> Result<Start> {
         let (r, kernel) = (place.r, place.kernel());
-        let [a, b] = factorization(place.sizes[0], self.decompose_factor);
-        let [c, d] = factorization(place.sizes[1], self.decompose_factor);
-        let below_half = |r: i64, one: i64, other: i64| 2 * r < one.max(other);
-        let left_whole = !(self.decompose_both && below_half(r, a, c));
-        let right = if !below_half(r, b, d) {
+        let (out, inn) = (place.sizes[0], place.sizes[1]);
+        let [a, c] = place.w1.unwrap_or_else(|| left_sizes(out, inn, self.decompose_factor));
+        let [b, d] = [out / a, inn / c];
+        let left_whole = !(self.decompose_both && is_low(r, a, c));
+        let right = if !is_low(r, b, d) {
             Right::Whole
         } else if place.effective && kernel.iter().any(|&size| size != 1) {
             Right::Tucker
@@ -165,6 +165,16 @@ impl Method for Lokr {
     fn rescale(&self) -> bool {
         self.rank_dropout_scale
     }
+}
+
+/// Whether a factor of these sizes is of rank r, and not whole.
+pub(crate) fn is_low(r: i64, rows: i64, columns: i64) -> bool {
+    r < (rows.max(columns) + 1) / 2
+}
+
+/// The sizes of W₁ for a weight (out, in), by `decompose_factor`.
+pub(crate) fn left_sizes(out: i64, inn: i64, factor: i64) -> [i64; 2] {
+    [factorization(out, factor)[0], factorization(inn, factor)[0]]
 }
 
 /// `dimension` as a product of two: `factor` and the rest where it divides it,

@@ -14,3 +14,4 @@ mod product;
 pub use builder::{LohaConfigBuilder, LokrConfigBuilder, LycorisConfigBuilder};
 pub use config::{Loha, LohaConfig, Lokr, LokrConfig, LokrInit, LycorisConfig};
 pub(crate) use layer::layer;
+pub(crate) use lokr::{is_low, left_sizes};

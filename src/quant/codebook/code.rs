@@ -1,6 +1,7 @@
 //! The two 4-bit codes.
 
 use crate::error::Result;
+use crate::quant::kernels::packing::SortedCode;
 use tch::{Device, Tensor};
 
 /// 16 values, and what packing and unpacking need of them.
@@ -10,27 +11,33 @@ pub(super) struct Code {
     pub(super) values: [f32; 16],
     /// The codes by rising value.
     pub(super) order: [u8; 16],
-    /// Midpoints between values that are neighbours in that order.
-    pub(super) bounds: [f32; 15],
-    /// Both values of each byte, so that one look-up serves two elements.
-    pub(super) pairs: [[f32; 2]; 256],
+    /// Midpoints between values that are neighbours in that order, and one more.
+    pub(super) bounds: [f32; 16],
+    /// The byte of two values by their places in that order, that of the first
+    /// in the high half.
+    pub(super) pairs: [u8; 256],
 }
 
 impl Code {
     const fn new(values: [f32; 16], order: [u8; 16]) -> Self {
-        let mut bounds = [0.0; 15];
+        let mut bounds = [f32::INFINITY; 16];
         let mut i = 0;
         while i < 15 {
             bounds[i] = (values[order[i] as usize] + values[order[i + 1] as usize]) / 2.0;
             i += 1;
         }
-        let mut pairs = [[0.0; 2]; 256];
-        let mut byte = 0;
-        while byte < 256 {
-            pairs[byte] = [values[byte >> 4], values[byte & 15]];
-            byte += 1;
+        let mut pairs = [0; 256];
+        let mut places = 0;
+        while places < 256 {
+            pairs[places] = order[places >> 4] << 4 | order[places & 15];
+            places += 1;
         }
         Code { values, order, bounds, pairs }
+    }
+
+    /// What the kernel needs of it.
+    pub(super) fn sorted(&self) -> SortedCode<'_> {
+        SortedCode { bounds: &self.bounds, pairs: &self.pairs }
     }
 
     /// The values, on a device.

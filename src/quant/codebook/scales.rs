@@ -3,13 +3,13 @@
 use super::Parts;
 use super::blocks::quantize_blocks;
 use crate::error::Result;
-use crate::ffi::bytes;
 use crate::ffi::shared::SharedTensor;
 use crate::quant::dynamic_map::dynamic_map;
+use crate::quant::kernels::Double;
 use tch::{Kind, Tensor};
 
 /// Scales that share a scale of their own under double quantisation.
-pub(crate) const NESTED_BLOCK: i64 = 256;
+const NESTED_BLOCK: i64 = Double::NESTED_BLOCK as i64;
 
 /// One scale per block.
 #[derive(Debug)]
@@ -72,24 +72,6 @@ impl Scales {
             ],
         }
         .into_iter()
-    }
-
-    /// Calls `f` with the scale of a block as a function of its number; on the
-    /// CPU.
-    pub(super) fn read<R>(&self, f: impl FnOnce(&(dyn Fn(usize) -> f32 + Sync)) -> Result<R>) -> Result<Result<R>> {
-        match self {
-            Scales::Plain(absmax) => bytes::read::<f32, _>(&absmax.get(), |absmax| f(&|b| absmax[b])),
-            Scales::Double { codes, map, nested, offset } => bytes::read::<u8, _>(&codes.get(), |codes| {
-                bytes::read::<f32, _>(&map.get(), |map| {
-                    bytes::read::<f32, _>(&nested.get(), |nested| {
-                        bytes::read::<f32, _>(&offset.get(), |offset| {
-                            let (block, offset) = (NESTED_BLOCK as usize, offset[0]);
-                            f(&|b| map[codes[b] as usize] * nested[b / block] + offset)
-                        })
-                    })
-                })
-            })???,
-        }
     }
 
     /// All scales as f32 (blocks).

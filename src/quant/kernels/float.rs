@@ -2,18 +2,27 @@
 
 use crate::ffi::bytes::Plain;
 use crate::ffi::simd::{LANES, Simd};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// A dtype of tiles and activations.
 pub(crate) trait Float: Plain {
+    const DTYPE: Dtype;
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
+    fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::V;
     /// Stores the nearest values of this type.
     fn store<S: Simd>(s: S, v: S::V, to: &mut [Self; LANES]);
+    /// The same for twice as many.
+    fn store_pair<S: Simd>(s: S, v: [S::V; 2], to: &mut [Self; 2 * LANES]);
+    /// The bits, of types of 16.
+    fn words(values: &mut [Self]) -> Option<&mut [u16]>;
 }
 
 macro_rules! float {
-    ($($t:ty: $from:expr, $to:expr, $store:ident);*) => { $(impl Float for $t {
+    ($($t:ty: $dtype:ident, $from:expr, $to:expr, $load:ident, $store:ident, $pair:expr, $words:expr);*) => { $(impl Float for $t {
+        const DTYPE: Dtype = Dtype::$dtype;
+
         #[inline(always)]
         fn from_f32(value: f32) -> Self {
             $from(value)
@@ -25,15 +34,37 @@ macro_rules! float {
         }
 
         #[inline(always)]
+        fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::V {
+            s.$load(from)
+        }
+
+        #[inline(always)]
         fn store<S: Simd>(s: S, v: S::V, to: &mut [Self; LANES]) {
             s.$store(v, to);
+        }
+
+        #[inline(always)]
+        fn store_pair<S: Simd>(s: S, v: [S::V; 2], to: &mut [Self; 2 * LANES]) {
+            $pair(s, v, to);
+        }
+
+        #[inline(always)]
+        fn words(values: &mut [Self]) -> Option<&mut [u16]> {
+            $words(values)
         }
     })* };
 }
 float! {
-    f32: |v| v, |v| v, store;
-    bf16: bf16::from_f32, bf16::to_f32, store_bf16;
-    f16: f16::from_f32, f16::to_f32, store_f16
+    f32: F32, |v| v, |v| v, load, store, store_both, |_| None;
+    bf16: Bf16, bf16::from_f32, bf16::to_f32, load_bf16, store_bf16, Simd::store_bf16_pair, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values));
+    f16: F16, f16::from_f32, f16::to_f32, load_f16, store_f16, store_both, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values))
+}
+
+#[inline(always)]
+fn store_both<S: Simd, T: Float>(s: S, v: [S::V; 2], to: &mut [T; 2 * LANES]) {
+    for (v, to) in v.into_iter().zip(to.as_chunks_mut().0) {
+        T::store(s, v, to);
+    }
 }
 
 /// The dtype of a weight, which its values are rounded to.
@@ -45,6 +76,13 @@ pub(crate) enum Dtype {
 }
 
 impl Dtype {
+    /// The dtype to round to before values are rounded to `T`: none, as f32,
+    /// where that is this one.
+    #[inline(always)]
+    pub(super) fn before<T: Float>(self) -> Dtype {
+        if T::DTYPE == self { Dtype::F32 } else { self }
+    }
+
     /// The nearest values of this dtype.
     #[inline(always)]
     pub(super) fn round<S: Simd>(self, s: S, v: S::V) -> S::V {

@@ -5,7 +5,7 @@
 //! table is worth it: rounding to the weight's dtype happens once for each of
 //! its 16 entries instead of for every element.
 
-use super::{Dtype, Floats};
+use super::{Dtype, Float, Floats};
 use crate::ffi::simd::{LANES, Portable, Simd};
 use std::marker::PhantomData;
 
@@ -25,56 +25,125 @@ pub(crate) trait Format: Sync {
     /// The elements `16 i .. 16 i + 16` of a block, which must be there.
     fn values<S: Simd>(&self, s: S, block: &Self::Block<S>, i: usize) -> S::V;
 
+    /// Writes the elements of a block from `32 first` on, which must be there, rounded to `T`.
+    #[inline(always)]
+    fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
+        let block = self.block(s, index);
+        for (i, out) in (2 * first..).step_by(2).zip(out) {
+            T::store_pair(s, [self.values(s, &block, i), self.values(s, &block, i + 1)], out);
+        }
+    }
+
     /// The element at `at` of a block, for what is left over.
     fn value(&self, index: usize, at: usize) -> f32;
+
+    /// Whether [`pair`](Self::pair) answers the even elements and the odd ones,
+    /// not the first sixteen and the others.
+    const INTERLEAVED: bool = false;
+
+    /// The elements `32 i .. 32 i + 32` of a block, which must be there, over
+    /// the [`factor`](Self::factor) of their row: what products read.
+    #[inline(always)]
+    fn pair<S: Simd>(&self, s: S, block: &Self::Block<S>, i: usize) -> [S::V; 2] {
+        [self.values(s, block, 2 * i), self.values(s, block, 2 * i + 1)]
+    }
+
+    /// What the sum over a row is multiplied by.
+    #[inline(always)]
+    fn factor(&self, _row: usize) -> f32 {
+        1.0
+    }
+}
+
+/// A table of f32 as one of words of `T`, if that has 16 bits: 32 elements are
+/// looked up at a time, and none is rounded on its own.
+#[inline(always)]
+pub(super) fn as_words<S: Simd, T: Float>(s: S, table: S::V) -> Option<S::Words> {
+    let mut rounded = [T::from_f32(0.0); LANES];
+    T::store(s, table, &mut rounded);
+    let words: &[u16] = T::words(&mut rounded)?;
+    Some(s.words(words.first_chunk()?))
+}
+
+/// The words of elements to write to.
+#[inline(always)]
+pub(super) fn words_of<T: Float>(out: &mut [T; 2 * LANES]) -> Option<&mut [u16; 2 * LANES]> {
+    T::words(out)?.first_chunk_mut()
 }
 
 /// The scales of [`Codes`], one for each block.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Scales<'a> {
-    Plain(&'a [f32]),
-    /// Quantised themselves: `map[codes[b]] · nested[b / nested_block] + offset`.
-    Double {
-        codes: &'a [u8],
-        map: &'a [f32],
-        nested: &'a [f32],
-        nested_block: usize,
-        offset: f32,
-    },
+pub(crate) trait Scales: Sync {
+    fn at(&self, block: usize) -> f32;
 }
 
-impl Scales<'_> {
+impl Scales for &[f32] {
     #[inline(always)]
     fn at(&self, block: usize) -> f32 {
-        match self {
-            Scales::Plain(scales) => scales[block],
-            Scales::Double { codes, map, nested, nested_block, offset } => {
-                map[usize::from(codes[block])] * nested[block / nested_block] + offset
-            }
-        }
+        self[block]
+    }
+}
+
+/// Scales that are quantised themselves:
+/// `map[codes[b]] · nested[b / NESTED_BLOCK] + offset`.
+#[derive(Debug)]
+pub(crate) struct Double<'a> {
+    pub(crate) codes: &'a [u8],
+    pub(crate) map: &'a [f32; 256],
+    pub(crate) nested: &'a [f32],
+    pub(crate) offset: f32,
+}
+
+impl Double<'_> {
+    /// Scales of a block of their own.
+    pub(crate) const NESTED_BLOCK: usize = 256;
+}
+
+impl Scales for Double<'_> {
+    #[inline(always)]
+    fn at(&self, block: usize) -> f32 {
+        self.map[usize::from(self.codes[block])] * self.nested[block / Self::NESTED_BLOCK] + self.offset
     }
 }
 
 /// bitsandbytes' 4 bits: `code[q] · scale` with an f32 scale for each block,
 /// rounded to the dtype; the even element of a pair is the high nibble.
 #[derive(Debug)]
-pub(crate) struct Codes<'a> {
+pub(crate) struct Codes<'a, Sc> {
     pub(crate) bytes: &'a [u8],
-    pub(crate) scales: Scales<'a>,
+    pub(crate) scales: Sc,
     pub(crate) code: &'a [f32; LANES],
     /// Even, so that no byte is in two blocks.
     pub(crate) block: usize,
     pub(crate) dtype: Dtype,
 }
 
+impl<'a> Codes<'a, ()> {
+    /// The same codes with their scales.
+    pub(crate) fn with<Sc>(&self, scales: Sc) -> Codes<'a, Sc> {
+        let Codes { bytes, code, block, dtype, .. } = *self;
+        Codes { bytes, scales, code, block, dtype }
+    }
+}
+
 /// A table of values, and bytes of two codes each.
 #[derive(Clone, Copy)]
 pub(crate) struct Nibbles<'a, V> {
-    table: V,
-    bytes: &'a [[u8; LANES / 2]],
+    pub(super) table: V,
+    pub(super) bytes: &'a [u8],
 }
 
-impl<'a> Format for Codes<'a> {
+impl<'a, Sc: Scales> Codes<'a, Sc> {
+    /// A block with what its codes mean rounded to a dtype.
+    #[inline(always)]
+    fn nibbles<S: Simd>(&self, s: S, index: usize, dtype: Dtype) -> Nibbles<'a, S::V> {
+        let table = dtype.round(s, s.mul(s.load(self.code), s.splat(self.scales.at(index))));
+        let start = index * (self.block / 2);
+        let end = (start + self.block / 2).min(self.bytes.len());
+        Nibbles { table, bytes: &self.bytes[start..end] }
+    }
+}
+
+impl<'a, Sc: Scales> Format for Codes<'a, Sc> {
     type Block<S: Simd> = Nibbles<'a, S::V>;
 
     #[inline(always)]
@@ -84,16 +153,40 @@ impl<'a> Format for Codes<'a> {
 
     #[inline(always)]
     fn block<S: Simd>(&self, s: S, index: usize) -> Nibbles<'a, S::V> {
-        let scale = s.splat(self.scales.at(index));
-        let table = self.dtype.round(s, s.mul(s.load(self.code), scale));
-        let start = index * (self.block / 2);
-        let end = (start + self.block / 2).min(self.bytes.len());
-        Nibbles { table, bytes: self.bytes[start..end].as_chunks().0 }
+        self.nibbles(s, index, self.dtype)
     }
 
     #[inline(always)]
     fn values<S: Simd>(&self, s: S, block: &Nibbles<'a, S::V>, i: usize) -> S::V {
-        s.look_up_nibbles(block.table, &block.bytes[i])
+        s.look_up_nibbles(block.table, &block.bytes.as_chunks().0[i])
+    }
+
+    #[inline(always)]
+    fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
+        let block = self.nibbles(s, index, self.dtype.before::<T>());
+        let bytes = &block.bytes.as_chunks().0[first..];
+        if let Some(words) = as_words::<S, T>(s, block.table) {
+            for (bytes, out) in bytes.iter().zip(out) {
+                if let Some(out) = words_of(out) {
+                    s.look_up_nibbles_as_words(words, bytes, out);
+                }
+            }
+            return;
+        }
+        for (bytes, out) in bytes.iter().zip(out) {
+            for (bytes, out) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
+                T::store(s, s.look_up_nibbles(block.table, bytes), out);
+            }
+        }
+    }
+
+    const INTERLEAVED: bool = true;
+
+    // A byte is widened once for both of its codes.
+    #[inline(always)]
+    fn pair<S: Simd>(&self, s: S, block: &Nibbles<'a, S::V>, i: usize) -> [S::V; 2] {
+        let bytes = &block.bytes.as_chunks().0[i];
+        [s.look_up_field(block.table, bytes, 4), s.look_up_field(block.table, bytes, 0)]
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {
@@ -184,11 +277,77 @@ impl<'a, B: Byte> Format for Bytes<'a, B> {
         self.dtype.round(s, s.mul(B::widen(s, &block.bytes[i]), block.scale))
     }
 
+    #[inline(always)]
+    fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
+        let block = self.block(s, index);
+        let dtype = self.dtype.before::<T>();
+        for (bytes, out) in block.bytes.as_chunks().0[first..].iter().zip(out) {
+            let [a, b]: &[_; 2] = bytes;
+            let values = [s.mul(B::widen(s, a), block.scale), s.mul(B::widen(s, b), block.scale)];
+            T::store_pair(s, [dtype.round(s, values[0]), dtype.round(s, values[1])], out);
+        }
+    }
+
+    // In f32 nothing is rounded: the scale can wait for the sum.
+    #[inline(always)]
+    fn pair<S: Simd>(&self, s: S, block: &Scaled<'a, S::V>, i: usize) -> [S::V; 2] {
+        match self.dtype {
+            Dtype::F32 => [B::widen(s, &block.bytes[2 * i]), B::widen(s, &block.bytes[2 * i + 1])],
+            _ => [self.values(s, block, 2 * i), self.values(s, block, 2 * i + 1)],
+        }
+    }
+
+    #[inline(always)]
+    fn factor(&self, row: usize) -> f32 {
+        if self.dtype == Dtype::F32 { self.scales.at(row) } else { 1.0 }
+    }
+
     fn value(&self, index: usize, at: usize) -> f32 {
         let number = B::widen(Portable, &[self.bytes[index * self.row + at]; LANES])[0];
         self.dtype.round_one(number * self.scales.at(index))
     }
 }
+
+/// bitsandbytes' 8 bits: `q · absmax · step` with an f32 maximum for each row,
+/// rounded to the dtype.
+#[derive(Debug)]
+pub(crate) struct Absmax<'a> {
+    pub(crate) bytes: &'a [u8],
+    pub(crate) scales: &'a [f32],
+    /// 1 / 127.
+    pub(crate) step: f32,
+    pub(crate) row: usize,
+    pub(crate) dtype: Dtype,
+}
+
+impl<'a> Format for Absmax<'a> {
+    type Block<S: Simd> = Scaled<'a, S::V>;
+
+    #[inline(always)]
+    fn block_len(&self) -> usize {
+        self.row
+    }
+
+    #[inline(always)]
+    fn block<S: Simd>(&self, s: S, index: usize) -> Scaled<'a, S::V> {
+        let bytes = self.bytes[index * self.row..][..self.row].as_chunks().0;
+        Scaled { scale: s.splat(self.scales[index]), bytes }
+    }
+
+    #[inline(always)]
+    fn values<S: Simd>(&self, s: S, block: &Scaled<'a, S::V>, i: usize) -> S::V {
+        let scaled = s.mul(s.widen_i8(&block.bytes[i]), block.scale);
+        self.dtype.round(s, s.mul(scaled, s.splat(self.step)))
+    }
+
+    fn value(&self, index: usize, at: usize) -> f32 {
+        let number = f32::from(self.bytes[index * self.row + at] as i8);
+        self.dtype.round_one(number * self.scales[index] * self.step)
+    }
+}
+
+/// What four bits can mean as an integer.
+pub(super) const CODES: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
 
 /// optimum-quanto's 4 and 2 bits: `scale · q − shift` in the weight's dtype for
 /// each group, the rows of the grouped matrix packed one part over the other.
@@ -217,17 +376,21 @@ impl<'a> Groups<'a> {
     /// Where the bytes of a group start, and how far up its bits are.
     #[inline(always)]
     fn place(&self, index: usize) -> (usize, u32) {
-        let part = index / self.packed_rows;
-        ((index - part * self.packed_rows) * self.group, (part * self.bits) as u32)
+        // Four parts at most: a division would take longer.
+        let (mut row, mut shift) = (index, 0);
+        while row >= self.packed_rows {
+            row -= self.packed_rows;
+            shift += self.bits as u32;
+        }
+        (row * self.group, shift)
     }
 
     /// The 16 values that four bits can mean; of two bits, the upper ones of
     /// which are another group's, the four values over and over.
     #[inline(always)]
     fn table<S: Simd>(&self, s: S, index: usize) -> S::V {
-        const FOUR: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
         const TWO: [f32; LANES] = [0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3.];
-        let codes = s.load(if self.bits == 4 { &FOUR } else { &TWO });
+        let codes = s.load(if self.bits == 4 { &CODES } else { &TWO });
         let scaled = self.dtype.round(s, s.mul(codes, s.splat(self.scales.at(index))));
         self.dtype.round(s, s.sub(scaled, s.splat(self.shifts.at(index))))
     }
@@ -258,6 +421,25 @@ impl<'a> Format for Groups<'a> {
     #[inline(always)]
     fn values<S: Simd>(&self, s: S, block: &Fields<'a, S::V>, i: usize) -> S::V {
         s.look_up_field(block.table, &block.bytes[i], block.shift)
+    }
+
+    #[inline(always)]
+    fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
+        let block = self.block(s, index);
+        let bytes = &block.bytes.as_flattened().as_chunks().0[first..];
+        if let Some(words) = as_words::<S, T>(s, block.table) {
+            for (bytes, out) in bytes.iter().zip(out) {
+                if let Some(out) = words_of(out) {
+                    s.look_up_field_as_words(words, bytes, block.shift, out);
+                }
+            }
+            return;
+        }
+        for (bytes, out) in bytes.iter().zip(out) {
+            for (bytes, out) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
+                T::store(s, s.look_up_field(block.table, bytes, block.shift), out);
+            }
+        }
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {

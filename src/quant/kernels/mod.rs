@@ -1,4 +1,5 @@
-//! CPU kernels over plain slices: unpacking, and products with few rows.
+//! CPU kernels over plain slices: unpacking, products with few rows, and
+//! [`packing`].
 //!
 //! A [`Format`] says how bytes become values; the kernels are written once for
 //! all formats and compiled for each instruction set (`ffi::simd`). They know
@@ -12,11 +13,14 @@
 mod few;
 mod float;
 mod formats;
+mod nibbles;
+pub(crate) mod packing;
 mod unpack;
 
 pub(crate) use float::{Dtype, Float, Floats};
-pub(crate) use formats::{Bytes, Codes, E4m3, E5m2, Format, Groups, I8, Scales};
-pub(crate) use unpack::{Tile, unpack};
+pub(crate) use formats::{Absmax, Bytes, Codes, Double, E4m3, E5m2, Format, Groups, I8};
+pub(crate) use nibbles::{Powers, Zeros, power};
+pub(crate) use unpack::{Tile, unpack, unpack_index};
 
 use crate::error::Result;
 

@@ -34,6 +34,17 @@ pub(crate) fn unpack<F: Format, T: Float>(format: &F, tile: &Tile, out: &mut [T]
     })
 }
 
+/// Writes the values of the rows (of `inn` elements) that `index` lists into
+/// `out`; the weight has all of them.
+pub(crate) fn unpack_index<F: Format, T: Float>(format: &F, inn: usize, index: &[i64], out: &mut [T]) -> Result<()> {
+    let rows = (PART / inn.max(1)).max(1);
+    compute::for_each_chunk(out, rows * inn, |i, out| {
+        for (row, out) in index[i * rows..].iter().zip(out.chunks_mut(inn)) {
+            dispatch(Unpack { format, start: *row as usize * inn, stride: 0, width: inn, out });
+        }
+    })
+}
+
 /// Runs of `width` elements, `stride` apart, from `start` on.
 struct Unpack<'a, F, T> {
     format: &'a F,
@@ -62,19 +73,16 @@ pub(super) fn unpack_run<S: Simd, F: Format, T: Float>(s: S, format: &F, start: 
     while !out.is_empty() {
         let take = (len - at).min(out.len());
         let (mut part, rest) = out.split_at_mut(take);
-        // Up to the next whole 16, then by 16, then what is left.
-        let head = (at.next_multiple_of(LANES) - at).min(part.len());
+        // Up to the next whole 32, then by 32, then what is left.
+        let head = (at.next_multiple_of(2 * LANES) - at).min(part.len());
         for value in part.split_off_mut(..head).unwrap_or_default() {
             *value = T::from_f32(format.value(index, at));
             at += 1;
         }
-        let (chunks, tail) = part.as_chunks_mut();
-        if !chunks.is_empty() {
-            let block = format.block(s, index);
-            for (i, chunk) in chunks.iter_mut().enumerate() {
-                T::store(s, format.values(s, &block, at / LANES + i), chunk);
-            }
-            at += chunks.len() * LANES;
+        let (pairs, tail) = part.as_chunks_mut();
+        if !pairs.is_empty() {
+            format.write(s, index, at / (2 * LANES), pairs);
+            at += pairs.len() * 2 * LANES;
         }
         for value in tail {
             *value = T::from_f32(format.value(index, at));

@@ -11,8 +11,8 @@ const SMOOTHED: RGBColor = RGBColor(20, 60, 130);
 const HELD_OUT: RGBColor = RGBColor(215, 95, 20);
 
 /// Writes the PNG: the losses of the batches, their running mean, and the
-/// held-out losses.
-pub fn draw(path: &Path, rows: &[Row]) -> Result<()> {
+/// held-out losses. `loss` says what they are.
+pub fn draw(path: &Path, rows: &[Row], loss: &str) -> Result<()> {
     let batches: Vec<(f64, f64)> = rows.iter().map(|row| (row.step as f64, f64::from(row.loss))).collect();
     let held_out: Vec<(f64, f64)> =
         rows.iter().filter_map(|row| Some((row.step as f64, f64::from(row.held_out?)))).collect();
@@ -42,7 +42,7 @@ pub fn draw(path: &Path, rows: &[Row]) -> Result<()> {
     chart
         .configure_mesh()
         .x_desc("step")
-        .y_desc("loss, nats a token")
+        .y_desc(loss)
         .x_label_formatter(&|step| format!("{step:.0}"))
         .y_label_formatter(&|loss| format!("{loss:.2}"))
         .light_line_style(WHITE)
