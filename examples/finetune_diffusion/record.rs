@@ -1,7 +1,7 @@
 //! What python/export.py writes beside a module.
 
 use super::Result;
-use super::training::args::device;
+use super::training::options::device;
 use serde::Deserialize;
 use std::path::Path;
 use tch::{Device, Kind};
