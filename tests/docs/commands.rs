@@ -6,6 +6,7 @@
 use super::common::root;
 use super::none_wrong;
 use super::texts::{Text, source_below};
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -31,9 +32,11 @@ type Check = Result<(), String>;
 #[test]
 fn every_command_is_one_that_works() {
     let (mut wrong, mut count) = (Vec::new(), 0);
+    // Where a reader of each text is by now.
+    let mut folders: HashMap<String, PathBuf> = HashMap::new();
     for block in Text::blocks("console").into_iter().chain(Text::blocks("sh")) {
         let text = block.text.replace("\\\n", " ");
-        let mut folder = root().to_path_buf();
+        let folder = folders.entry(block.file.clone()).or_insert(root().to_path_buf());
         for line in text.lines() {
             let command = match (&*block.language, line.strip_prefix("$ ")) {
                 ("console", command) => command,
@@ -41,7 +44,7 @@ fn every_command_is_one_that_works() {
             };
             let Some(words) = command.map(words).filter(|words| !words.is_empty()) else { continue };
             count += 1;
-            if let Err(why) = check(&words, &mut folder) {
+            if let Err(why) = check(&words, folder) {
                 wrong.push(format!("{}: {}: {why}", block.place(), words.join(" ")));
             }
         }
@@ -85,6 +88,7 @@ fn check(words: &[String], folder: &mut PathBuf) -> Check {
         ["cargo", "test", rest @ ..] => targets(rest, "--test", "tests"),
         ["cargo", "bench", rest @ ..] => targets(rest, "--bench", "benches"),
         ["cargo", "clean"] | ["cargo", "build"] => Ok(()),
+        ["cargo", "+nightly", "fuzz", "run", rest @ ..] => fuzz(rest),
         ["python" | "target/python/bin/python", script, rest @ ..] => python(script, rest),
         [assignment, rest @ ..] if assignment.contains('=') => {
             variable(assignment)?;
@@ -101,8 +105,16 @@ fn os(words: &[&str]) -> Vec<OsString> {
 /// `NAME=VALUE`, of which the guides or the code say what it means.
 fn variable(assignment: &str) -> Check {
     let (name, _) = assignment.split_once('=').ok_or("expected NAME=VALUE")?;
-    let known = ["LIBTORCH", "LIBTORCH_USE_PYTORCH", "CXX", "TCH_PEFT_PYTHON", "OMP_NUM_THREADS", "RUST_LOG"];
-    known.contains(&name).then_some(()).ok_or_else(|| format!("no variable {name}"))
+    let known = ["LIBTORCH", "LIBTORCH_USE_PYTORCH", "CXX", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "RUST_LOG"];
+    let own = name.starts_with("TCH_PEFT_") && source_below(&root().join("tests"))?.contains(name);
+    (own || known.contains(&name)).then_some(()).ok_or_else(|| format!("no variable {name}"))
+}
+
+/// `cargo fuzz run`, of a target that is there.
+fn fuzz(words: &[&str]) -> Check {
+    let manifest = std::fs::read_to_string(root().join("fuzz/Cargo.toml")).map_err(|e| format!("fuzz: {e}"))?;
+    let is_target = |word: &&str| manifest.contains(&format!("name = \"{word}\""));
+    words.iter().any(is_target).then_some(()).ok_or_else(|| "no such target in fuzz/Cargo.toml".into())
 }
 
 /// `cargo test` or `cargo bench`, of files that are there, with options that they know.

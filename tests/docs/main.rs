@@ -16,12 +16,13 @@ use texts::Text;
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
 /// Languages of blocks, with what looks after them.
-const LANGUAGES: [(&str, &str); 6] = [
+const LANGUAGES: [(&str, &str); 7] = [
     ("rust", "doctests, through the table in src/lib.rs"),
     ("console", "commands.rs"),
     ("sh", "commands.rs"),
     ("python", "python.rs"),
     ("toml", "below"),
+    ("json", "below"),
     ("text", "free: what a program prints"),
 ];
 
@@ -76,4 +77,13 @@ fn every_toml_block_is_a_manifest_of_today() {
         count += 1;
     }
     assert!(count > 0);
+}
+
+/// One value, or one in each line.
+#[test]
+fn every_json_block_is_json() {
+    for block in Text::blocks("json") {
+        let values: Vec<_> = serde_json::Deserializer::from_str(&block.text).into_iter::<serde_json::Value>().collect();
+        assert!(!values.is_empty() && values.iter().all(Result::is_ok), "{}: {values:?}", block.place());
+    }
 }
