@@ -83,20 +83,24 @@ impl Ours {
     }
 }
 
-/// Runs every contestant once in each round; the median of each, in seconds.
+/// Times every contestant once in each round, on some calls in a row that `run(i, calls)` makes; the
+/// median of each, in seconds for a call.
 fn rounds(
     count: usize,
     names: &[String],
-    mut run: impl FnMut(usize) -> Result<f64, Failure>,
+    mut run: impl FnMut(usize, u32) -> Result<f64, Failure>,
 ) -> Result<Vec<(String, f64)>, Failure> {
     let mut times = vec![Vec::new(); names.len()];
+    let mut calls = vec![1; names.len()];
     for round in 0..=count {
         for (i, times) in times.iter_mut().enumerate() {
             // The other process's threads spin for a while before they sleep.
             std::thread::sleep(Duration::from_millis(10));
-            let seconds = run(i)?;
-            if round > 0 {
-                times.push(seconds);
+            let seconds = run(i, calls[i])?;
+            match round {
+                // The first warms up, and tells how many calls make a tenth of a second.
+                0 => calls[i] = (0.1 / seconds).clamp(1.0, 8.0) as u32,
+                _ => times.push(seconds),
             }
         }
     }
@@ -125,7 +129,6 @@ fn main() -> Result<(), Failure> {
             for &n in rows {
                 let x = Tensor::randn([n, inn], (Kind::Float, Device::Cpu)).to_kind(kind).set_requires_grad(true);
                 let g = Tensor::randn([n, out], (Kind::Float, Device::Cpu)).to_kind(kind);
-                let repeat: u32 = if n <= 16 { 8 } else { 1 };
                 let mut able = Vec::new();
                 for name in PEERS.iter().chain(&PACKED) {
                     let request = json!({"make": name, "out": out, "in": inn, "rows": n, "dtype": dtype, "rank": RANK});
@@ -139,10 +142,10 @@ fn main() -> Result<(), Failure> {
                     let peers = able.iter().filter(|name| what == "forward" || !PACKED.contains(&name.as_str()));
                     let names: Vec<String> =
                         ours.iter().map(|ours| ours.name.to_string()).chain(peers.cloned()).collect();
-                    let found = rounds(count, &names, |i| match ours.get(i) {
-                        Some(ours) => ours.time(&x, &g, what == "step", repeat),
+                    let found = rounds(count, &names, |i, calls| match ours.get(i) {
+                        Some(ours) => ours.time(&x, &g, what == "step", calls),
                         None => {
-                            let answer = peer.ask(json!({"time": names[i], "what": what, "repeat": repeat}))?;
+                            let answer = peer.ask(json!({"time": names[i], "what": what, "repeat": calls}))?;
                             answer["seconds"].as_f64().ok_or_else(|| format!("{}: {answer}", names[i]).into())
                         }
                     })?;
