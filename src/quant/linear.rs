@@ -22,11 +22,11 @@ fn dense_matrix(weight: &dyn PackedWeight, kind: Kind) -> Result<Option<Tensor>>
 }
 
 /// Rows up to which the kernels' own products are the faster ones: beyond, a
-/// tile is unpacked once for all rows. libtorch's products of 16-bit numbers
-/// win earlier, with twice the arithmetic in an instruction or more.
-fn few(kind: Kind) -> i64 {
-    if kind == Kind::Float { 16 } else { 8 }
-}
+/// tile is unpacked once for all rows. libtorch's x·Wᵀ of 16-bit numbers wins
+/// earlier, with twice the arithmetic in an instruction or more; its g·W of so
+/// few rows doesn't.
+const FEW: i64 = 16;
+const FEW_OF_16_BITS: i64 = 8;
 
 /// x · Wᵀ (+ bias): x (n, in), result (n, out), in the dtype of x.
 ///
@@ -43,10 +43,11 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
     };
     let n = x.size2()?.0;
     let mut y = Tensor::f_empty([n, out], (kind, x.device()))?;
-    if n <= few(kind) && cpu::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
+    let few = if kind == Kind::Float { FEW } else { FEW_OF_16_BITS };
+    if n <= few && cpu::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
         return add(y);
     }
-    tiles::for_each(out, inn, |start, rows| {
+    tiles::for_each_rows(kind, [out, inn], |start, rows| {
         tiles::with_scratch(rows, inn, kind, x.device(), |tile| {
             if !cpu::run(weight, Op::Unpack { row: start, columns: 0..inn, out: tile })? {
                 weight.unpack_rows(start, tile)?;
@@ -67,12 +68,12 @@ pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Resul
     }
     let n = g.size2()?.0;
     let mut dx = Tensor::f_empty([n, inn], (kind, g.device()))?;
-    if n <= few(kind) && cpu::run(weight, Op::ProductTransposed { g: &g.f_contiguous()?, dx: &mut dx })? {
+    if n <= FEW && cpu::run(weight, Op::ProductTransposed { g: &g.f_contiguous()?, dx: &mut dx })? {
         return Ok(dx);
     }
     // A range of columns is summed up in one product. Where only rows can be
     // unpacked, the sums of all tiles are added up in f32.
-    if tiles::for_each_columns(out, inn, |start, columns| {
+    if tiles::for_each_columns(kind, [out, inn], |start, columns| {
         tiles::with_scratch(out, columns, kind, g.device(), |tile| {
             let unpacked = cpu::run(weight, Op::Unpack { row: 0, columns: start..start + columns, out: tile })?;
             if unpacked {
@@ -85,7 +86,7 @@ pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Resul
     }
     let sum_kind = if kind == Kind::Double { kind } else { Kind::Float };
     let mut sum = Tensor::f_zeros([n, inn], (sum_kind, g.device()))?;
-    tiles::for_each(out, inn, |start, rows| {
+    tiles::for_each_rows(kind, [out, inn], |start, rows| {
         tiles::with_scratch(rows, inn, kind, g.device(), |tile| {
             weight.unpack_rows(start, tile)?;
             let g = g.f_narrow(1, start, rows)?;

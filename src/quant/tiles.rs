@@ -8,6 +8,12 @@ use tch::{Device, Kind, Tensor};
 /// and large enough for a matrix product to run at full speed.
 const TILE: i64 = 1 << 20;
 
+/// Elements of a tile that a product reads: 4 MiB, of which 16-bit numbers are
+/// twice as many.
+fn elements(kind: Kind) -> i64 {
+    if matches!(kind, Kind::BFloat16 | Kind::Half) { 2 * TILE } else { TILE }
+}
+
 /// Rows of a tile of rows of `inn` elements.
 pub(super) fn rows(inn: i64) -> i64 {
     (TILE / inn.max(1)).max(1)
@@ -15,8 +21,16 @@ pub(super) fn rows(inn: i64) -> i64 {
 
 /// Calls `f(start, rows)` for consecutive ranges of rows of an (out, in)
 /// weight, each of at most one tile (or one row).
-pub(super) fn for_each(out: i64, inn: i64, mut f: impl FnMut(i64, i64) -> Result<()>) -> Result<()> {
-    let step = rows(inn);
+pub(super) fn for_each(out: i64, inn: i64, f: impl FnMut(i64, i64) -> Result<()>) -> Result<()> {
+    for_each_of(rows(inn), out, f)
+}
+
+/// The same, of tiles of this dtype that a product reads.
+pub(super) fn for_each_rows(kind: Kind, [out, inn]: [i64; 2], f: impl FnMut(i64, i64) -> Result<()>) -> Result<()> {
+    for_each_of((elements(kind) / inn.max(1)).max(1), out, f)
+}
+
+fn for_each_of(step: i64, out: i64, mut f: impl FnMut(i64, i64) -> Result<()>) -> Result<()> {
     let mut start = 0;
     while start < out {
         let rows = step.min(out - start);
@@ -30,10 +44,14 @@ pub(super) fn for_each(out: i64, inn: i64, mut f: impl FnMut(i64, i64) -> Result
 const COLUMNS: i64 = 512;
 
 /// Calls `f(start, columns)` for consecutive ranges of columns of an (out, in)
-/// weight, each of at most `KEPT` elements unless the columns are very long.
+/// weight unpacked to this dtype, each of at most `KEPT` elements unless the columns are very long.
 /// Ends as soon as `f` answers no, and answers whether it never did.
-pub(super) fn for_each_columns(out: i64, inn: i64, mut f: impl FnMut(i64, i64) -> Result<bool>) -> Result<bool> {
-    let wanted = (TILE / out.max(1)).max(COLUMNS.min(KEPT / out.max(1)));
+pub(super) fn for_each_columns(
+    kind: Kind,
+    [out, inn]: [i64; 2],
+    mut f: impl FnMut(i64, i64) -> Result<bool>,
+) -> Result<bool> {
+    let wanted = (elements(kind) / out.max(1)).max(COLUMNS.min(KEPT / out.max(1)));
     // Whole cache lines and whole blocks of most formats.
     let step = (wanted / 64 * 64).max(64);
     let mut start = 0;
@@ -94,33 +112,37 @@ mod tests {
     #[test]
     fn tiles_cover_every_row_once() {
         for (out, inn) in [(1, 1), (7, TILE), (5, TILE + 1), (3000, 2048), (0, 4)] {
-            let mut next = 0;
-            for_each(out, inn, |start, rows| {
-                assert_eq!(start, next);
-                assert!(rows == 1 || rows * inn <= TILE);
-                next += rows;
-                Ok(())
-            })
-            .unwrap();
-            assert_eq!(next, out);
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let mut next = 0;
+                for_each_rows(kind, [out, inn], |start, rows| {
+                    assert_eq!(start, next);
+                    assert!(rows == 1 || rows * inn <= elements(kind));
+                    next += rows;
+                    Ok(())
+                })
+                .unwrap();
+                assert_eq!(next, out);
+            }
         }
     }
 
     #[test]
     fn tiles_of_columns_cover_every_column_once() {
         for (out, inn) in [(1, 1), (7, 1 << 21), (4096, 4096), (11008, 4100), (1 << 23, 100), (4, 0)] {
-            let mut next = 0;
-            let all = for_each_columns(out, inn, |start, columns| {
-                assert_eq!(start, next);
-                assert!(columns <= 64 || columns * out <= KEPT);
-                next += columns;
-                Ok(true)
-            });
-            assert!(all.unwrap());
-            assert_eq!(next, inn);
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let mut next = 0;
+                let all = for_each_columns(kind, [out, inn], |start, columns| {
+                    assert_eq!(start, next);
+                    assert!(columns <= 64 || columns * out <= KEPT);
+                    next += columns;
+                    Ok(true)
+                });
+                assert!(all.unwrap());
+                assert_eq!(next, inn);
+            }
         }
         let mut calls = 0;
-        let counted = for_each_columns(4096, 4096, |_, _| {
+        let counted = for_each_columns(Kind::Float, [4096, 4096], |_, _| {
             calls += 1;
             Ok(false)
         });
