@@ -93,7 +93,11 @@ fn main() {
     base.save_quantized_sharded(folder.path(), SHARD).unwrap();
     drop(base);
     let bytes: u64 = files(folder.path()).iter().map(|file| file.metadata().unwrap().len()).sum();
-    println!("{LAYERS} layers of {WIDTH}², nf4+dq: {:.1} MB in {} files", bytes as f64 / 1e6, files(folder.path()).len());
+    println!(
+        "{LAYERS} layers of {WIDTH}², nf4+dq: {:.1} MB in {} files",
+        bytes as f64 / 1e6,
+        files(folder.path()).len()
+    );
     for cached in [true, false] {
         let [mut read, mut load] = [(); 2].map(|()| Vec::new());
         for _ in 0..ROUNDS {
