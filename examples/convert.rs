@@ -64,6 +64,7 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<std::ffi::OsString>>) -> R
     let count = given.paths.len();
     let right = match given.paths.first().and_then(|what| what.to_str()) {
         Some("adapter") => count == 3 && given.to.is_some(),
+        Some("join") => count >= 4,
         Some("model") => (count == 2 || count == 3) && given.base.is_some(),
         _ => false,
     };
