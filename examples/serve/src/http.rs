@@ -2,27 +2,22 @@
 //! waits for the answer without holding a thread.
 
 use crate::adapters::BASE;
+use crate::body::Body;
 use crate::llama::Result;
 use crate::queue::{Change, Completion, Job};
 use crate::refusal::Refusal;
 use crate::shared::Shared;
 use axum::Router;
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::extract::{Path, State};
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
-
-/// The largest body.
-const BODY: usize = 1 << 20;
 
 /// What is served, and within which bounds.
 pub struct App {
@@ -33,8 +28,6 @@ pub struct App {
     /// Where adapters may be loaded from while the server runs.
     pub adapters: Option<PathBuf>,
 }
-
-type Body = Result<Bytes, BytesRejection>;
 
 pub fn router(app: App) -> Router {
     Router::new()
@@ -48,7 +41,6 @@ pub fn router(app: App) -> Router {
             method: method.to_string(),
             path: uri.path().into(),
         })
-        .layer(DefaultBodyLimit::max(BODY))
         .with_state(Arc::new(app))
 }
 
@@ -100,7 +92,7 @@ async fn completions(State(app): State<Arc<App>>, body: Body) -> Result<Response
 }
 
 async fn complete(app: &App, body: Body) -> Result<Response, Refusal> {
-    let request: CompletionRequest = parse(body)?;
+    let request: CompletionRequest = body.parse()?;
     let model = request.model.clone();
     let (answer, completion) = oneshot::channel();
     let job = app.job(request, answer)?;
@@ -192,7 +184,7 @@ struct AdapterRequest {
 
 async fn load_adapter(State(app): State<Arc<App>>, Path(name): Path<String>, body: Body) -> Result<Response, Refusal> {
     check_name(&name).map_err(Refusal::Invalid)?;
-    let AdapterRequest { path } = parse(body)?;
+    let AdapterRequest { path } = body.parse()?;
     let folder = app.folder(&path)?;
     let (answer, loaded) = oneshot::channel();
     app.shared.queue.change(Change::Load { name: name.clone(), folder, answer })?;
@@ -223,14 +215,6 @@ pub fn check_name(name: &str) -> Result<(), String> {
 async fn metrics(State(app): State<Arc<App>>) -> Response {
     let text = app.shared.metrics.text(app.shared.queue.len());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
-}
-
-fn parse<T: DeserializeOwned>(body: Body) -> Result<T, Refusal> {
-    let body = body.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => Refusal::TooLarge(BODY),
-        _ => Refusal::Invalid(rejection.body_text()),
-    })?;
-    serde_json::from_slice(&body).map_err(|error| Refusal::Invalid(format!("the body: {error}")))
 }
 
 async fn received<T>(answer: oneshot::Receiver<Result<T, Refusal>>) -> Result<T, Refusal> {

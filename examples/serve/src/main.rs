@@ -11,6 +11,7 @@
 mod adapters;
 mod args;
 mod bench;
+mod body;
 mod engine;
 mod files;
 mod http;
