@@ -11,11 +11,13 @@
 #![allow(missing_docs)]
 
 mod common;
+mod median;
 mod peer;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use median::median;
 use peer::{Failure, Peer};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor, nn};
@@ -104,14 +106,7 @@ fn rounds(
             }
         }
     }
-    Ok(names
-        .iter()
-        .zip(times)
-        .map(|(name, mut times)| {
-            times.sort_by(f64::total_cmp);
-            (name.clone(), times[times.len() / 2])
-        })
-        .collect())
+    Ok(names.iter().cloned().zip(times.into_iter().map(median)).collect())
 }
 
 fn main() -> Result<(), Failure> {

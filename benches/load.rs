@@ -8,11 +8,14 @@
 //! between reading the files into memory and loading the base, with the files in
 //! the system's cache and, by coreutils' `dd`, out of it. Linux only.
 
+mod median;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
+use median::median;
 use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
 use tch_peft::{Base, QuantConfig};
@@ -71,11 +74,6 @@ fn run(what: &str, folder: &Path, cached: bool) -> [f64; 2] {
     let text = String::from_utf8(output.stdout).unwrap();
     let mut numbers = text.split_whitespace().map(|number| number.parse().unwrap());
     std::array::from_fn(|_| numbers.next().unwrap())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn main() {

@@ -8,12 +8,14 @@
 //! with two threads. `TCH_PEFT_PYTHON` names the Python that has PEFT.
 
 mod common;
+mod median;
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
+use median::median;
 use tch::nn::{self, Module};
 use tch::{Device, Kind, Tensor};
 use tch_peft::{Base, LoraConfig, LoraModel};
@@ -104,11 +106,6 @@ fn seconds(steps: usize, x: &Tensor, forward: impl Fn(&Tensor) -> Tensor) -> f64
         forward(x).sum(Kind::Float).backward();
     }
     start.elapsed().as_secs_f64() / steps as f64
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn main() {

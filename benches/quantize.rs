@@ -10,11 +10,13 @@
 
 #![allow(missing_docs)]
 
+mod median;
 mod peer;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use median::median;
 use peer::{Failure, Peer};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -37,11 +39,6 @@ struct Figures {
     peers: Vec<f64>,
     our_error: f64,
     peers_error: Option<f64>,
-}
-
-fn median(times: &mut [f64]) -> Option<f64> {
-    times.sort_by(f64::total_cmp);
-    times.get(times.len() / 2).copied()
 }
 
 fn relative_error(values: &Tensor, weight: &Tensor) -> Result<f64, Failure> {
@@ -94,8 +91,9 @@ fn main() -> Result<(), Failure> {
         }
         println!("\n### {size} x {size}, {dtype}\n");
         println!("| scheme | ms | peer, ms | peer / ours | error | peer's error |\n|---|---|---|---|---|---|");
-        for (scheme, mut figures) in all {
-            let (ours, peers) = (median(&mut figures.ours).ok_or("no rounds")?, median(&mut figures.peers));
+        for (scheme, figures) in all {
+            let ours = median(figures.ours);
+            let peers = Some(median(figures.peers)).filter(|seconds| !seconds.is_nan());
             let or_none = |value: Option<f64>, digits: usize| value.map_or("none".into(), |v| format!("{v:.digits$}"));
             println!(
                 "| {scheme} | {:.1} | {} | {} | {:.5} | {} |",

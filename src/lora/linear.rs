@@ -1,8 +1,9 @@
 //! The adapted linear: y = x·Wᵀ + bias + s · (drop(x)·Aᵀ·Bᵀ + b), as one node.
 //!
 //! The base's products run in the dtype of x, and so do those of A and B, unless
-//! they are done [by hand](super::products). Saved for the backward pass: x, u = drop(x)·Aᵀ, A, B and, with dropout,
-//! the mask as one byte per element. W stays packed.
+//! they are done [by hand](super::products). Saved for the backward pass: x,
+//! u = drop(x)·Aᵀ, A, B and, with dropout, the mask as one byte per element. W
+//! stays packed.
 
 use super::dropout::{add_kept, draw_mask, keep};
 use super::factors::Factors;

@@ -28,10 +28,7 @@ pub(crate) trait Format: Sync {
     /// Writes the elements of a block from `32 first` on, which must be there, rounded to `T`.
     #[inline(always)]
     fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
-        let block = self.block(s, index);
-        for (i, out) in (2 * first..).step_by(2).zip(out) {
-            T::store_pair(s, [self.values(s, &block, i), self.values(s, &block, i + 1)], out);
-        }
+        write_values(self, s, index, first, out);
     }
 
     /// The element at `at` of a block, for what is left over.
@@ -52,6 +49,21 @@ pub(crate) trait Format: Sync {
     #[inline(always)]
     fn factor(&self, _row: usize) -> f32 {
         1.0
+    }
+}
+
+/// Writes elements one sixteen after the other, each rounded on its own.
+#[inline(always)]
+fn write_values<F: Format + ?Sized, S: Simd, T: Float>(
+    format: &F,
+    s: S,
+    index: usize,
+    first: usize,
+    out: &mut [[T; 2 * LANES]],
+) {
+    let block = format.block(s, index);
+    for (i, out) in (2 * first..).step_by(2).zip(out) {
+        T::store_pair(s, [format.values(s, &block, i), format.values(s, &block, i + 1)], out);
     }
 }
 
@@ -164,18 +176,10 @@ impl<'a, Sc: Scales> Format for Codes<'a, Sc> {
     #[inline(always)]
     fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
         let block = self.nibbles(s, index, self.dtype.before::<T>());
-        let bytes = &block.bytes.as_chunks().0[first..];
-        if let Some(words) = as_words::<S, T>(s, block.table) {
-            for (bytes, out) in bytes.iter().zip(out) {
-                if let Some(out) = words_of(out) {
-                    s.look_up_nibbles_as_words(words, bytes, out);
-                }
-            }
-            return;
-        }
-        for (bytes, out) in bytes.iter().zip(out) {
-            for (bytes, out) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
-                T::store(s, s.look_up_nibbles(block.table, bytes), out);
+        let Some(words) = as_words::<S, T>(s, block.table) else { return write_values(self, s, index, first, out) };
+        for (bytes, out) in block.bytes.as_chunks().0[first..].iter().zip(out) {
+            if let Some(out) = words_of(out) {
+                s.look_up_nibbles_as_words(words, bytes, out);
             }
         }
     }
@@ -426,18 +430,10 @@ impl<'a> Format for Groups<'a> {
     #[inline(always)]
     fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
         let block = self.block(s, index);
-        let bytes = &block.bytes.as_flattened().as_chunks().0[first..];
-        if let Some(words) = as_words::<S, T>(s, block.table) {
-            for (bytes, out) in bytes.iter().zip(out) {
-                if let Some(out) = words_of(out) {
-                    s.look_up_field_as_words(words, bytes, block.shift, out);
-                }
-            }
-            return;
-        }
-        for (bytes, out) in bytes.iter().zip(out) {
-            for (bytes, out) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
-                T::store(s, s.look_up_field(block.table, bytes, block.shift), out);
+        let Some(words) = as_words::<S, T>(s, block.table) else { return write_values(self, s, index, first, out) };
+        for (bytes, out) in block.bytes.as_flattened().as_chunks().0[first..].iter().zip(out) {
+            if let Some(out) = words_of(out) {
+                s.look_up_field_as_words(words, bytes, block.shift, out);
             }
         }
     }
