@@ -116,7 +116,9 @@ impl<M> Base<M> {
     ///
     /// ```no_run
     /// # use tch_peft::{Base, QuantConfig};
-    /// let base = Base::torchscript("model.pt")?.allow_missing("rotary_emb.inv_freq")?;
+    /// let base = Base::torchscript("model.pt")?
+    ///     .allow_missing("rotary_emb.inv_freq")?
+    ///     .allow_missing("rotary_emb.original_inv_freq")?;
     /// let base = base.load_and_quantize("model.safetensors", &QuantConfig::nf4().build()?)?;
     /// # Ok::<(), tch_peft::Error>(())
     /// ```

@@ -34,8 +34,11 @@ fn fuzz(target: &Target) {
     let dir = common::fresh_dir(&format!("fuzz/{}", target.name));
     let made = tempfile::tempdir().unwrap();
     let seeds = (target.seeds)(made.path());
+    // Where cargo-fuzz may begin.
+    let corpus = common::fresh_dir(&format!("fuzz-seeds/{}", target.name));
     for (i, seed) in seeds.iter().enumerate() {
         assert!(target.run(seed), "{}: valid files {i} are refused", target.name);
+        std::fs::write(corpus.join(i.to_string()), joined(seed)).unwrap();
     }
     let count = std::env::var("TCH_PEFT_FUZZ").map_or(COUNT, |count| count.parse().unwrap());
     let (before, mut accepted) = (peak(), 0);
