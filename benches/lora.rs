@@ -9,13 +9,13 @@
 
 mod common;
 mod median;
+mod peer;
 
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use median::median;
+use peer::{Failure, Peer};
+use serde_json::json;
 use tch::nn::{self, Module};
 use tch::{Device, Kind, Tensor};
 use tch_peft::{Base, LoraConfig, LoraModel};
@@ -29,46 +29,6 @@ const SITE: i64 = 2048;
 const ROUNDS: usize = 7;
 const STEPS: usize = 5;
 const CASES: [&str; 4] = ["base", "lora", "dropout", "dora"];
-
-/// PEFT, answering one line per command.
-struct Peer {
-    process: Child,
-    commands: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
-
-impl Peer {
-    fn start() -> Self {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let python = std::env::var_os("TCH_PEFT_PYTHON").map(PathBuf::from);
-        let python = python.unwrap_or_else(|| root.join("target/python/bin/python"));
-        let mut process = Command::new(python)
-            .arg(root.join("benches/lora_peer.py"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the Python that has PEFT");
-        let commands = process.stdin.take().expect("a pipe");
-        let answers = BufReader::new(process.stdout.take().expect("a pipe"));
-        Peer { process, commands, answers }
-    }
-
-    /// Seconds for one step of the case.
-    fn seconds(&mut self, case: &str, steps: usize) -> f64 {
-        writeln!(self.commands, "{case} {steps}").expect("a peer that listens");
-        let mut line = String::new();
-        self.answers.read_line(&mut line).expect("a peer that answers");
-        line.trim().parse().expect("seconds")
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
 
 struct Net {
     layers: Vec<nn::Linear>,
@@ -108,28 +68,34 @@ fn seconds(steps: usize, x: &Tensor, forward: impl Fn(&Tensor) -> Tensor) -> f64
     start.elapsed().as_secs_f64() / steps as f64
 }
 
-fn main() {
+/// PEFT's seconds for one step of the case.
+fn theirs(peer: &mut Peer, case: &str) -> Result<f64, Failure> {
+    let answer = peer.ask(json!({"case": case, "steps": STEPS}))?;
+    Ok(answer["seconds"].as_f64().ok_or("no seconds")?)
+}
+
+fn main() -> Result<(), Failure> {
     tch::set_num_threads(2);
-    let mut peer = Peer::start();
+    let mut peer = Peer::start("lora.py")?;
+    peer.ask(json!({"threads": tch::get_num_threads()}))?;
     let x = Tensor::randn([ROWS, WIDTH], (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let models: Vec<_> = CASES.iter().map(|case| model(case)).collect();
     let mut ours = vec![Vec::new(); CASES.len()];
-    let mut theirs = vec![Vec::new(); CASES.len()];
+    let mut pefts = vec![Vec::new(); CASES.len()];
     for round in 0..=ROUNDS {
         for (i, case) in CASES.iter().enumerate() {
             let off = (*case == "base").then(|| models[i].disable_adapters());
             let here = seconds(STEPS, &x, |x| models[i].forward(x).unwrap());
             drop(off);
-            let there = peer.seconds(case, STEPS);
+            let there = theirs(&mut peer, case)?;
             // The first round warms up.
             if round > 0 {
                 ours[i].push(here);
-                theirs[i].push(there);
+                pefts[i].push(there);
             }
         }
     }
-    let (ours, theirs): (Vec<f64>, Vec<f64>) =
-        (ours.into_iter().map(median).collect(), theirs.into_iter().map(median).collect());
+    let [ours, pefts] = [ours, pefts].map(|times| times.into_iter().map(median).collect::<Vec<f64>>());
     println!("{LAYERS} layers of {WIDTH}², {ROWS} rows, f32: ms per step");
     println!(
         "{:8}  {:>9}  {:>9}  {:>11}  {:>9}  {:>12}",
@@ -137,14 +103,14 @@ fn main() {
     );
     let mut figures = Vec::new();
     for (i, case) in CASES.iter().enumerate() {
-        let (a, b) = (ours[i] * 1e3, theirs[i] * 1e3);
+        let (a, b) = (ours[i] * 1e3, pefts[i] * 1e3);
         figures.push(format!("{case},{a:.2},{b:.2}"));
         let of = |all: &[f64]| all[i] / all[1];
-        println!("{case:8}  {a:9.2}  {b:9.2}  {:11.2}  {:9.2}  {:12.2}", b / a, of(&ours), of(&theirs));
+        println!("{case:8}  {a:9.2}  {b:9.2}  {:11.2}  {:9.2}  {:12.2}", b / a, of(&ours), of(&pefts));
     }
     if let Some(file) = common::csv_file() {
         let what = format!("cargo bench --bench lora: {LAYERS} layers of {WIDTH} x {WIDTH}, {ROWS} rows, r = 8, f32");
-        common::write_csv(&file, &what, "case,tch_peft,peft", &figures).unwrap();
+        common::write_csv(&file, &what, "case,tch_peft,peft", &figures)?;
     }
 
     let mut wraps = Vec::new();
@@ -156,7 +122,7 @@ fn main() {
         wraps.push(start.elapsed().as_secs_f64() * 1e3);
         drop(model);
     }
-    let (here, there) = (median(wraps), peer.seconds("wrap", 1) * 1e3);
+    let (here, there) = (median(wraps), theirs(&mut peer, "wrap")? * 1e3);
     println!("wrap, 2000 linears of 32²: {here:.0} ms, PEFT {there:.0} ms ({:.0}x)", there / here);
 
     let (mut wraps, mut draws) = (Vec::new(), Vec::new());
@@ -177,4 +143,5 @@ fn main() {
         drop(a);
     }
     println!("wrap, {SITES} linears of {SITE}²: {:.0} ms; drawing as many A: {:.0} ms", median(wraps), median(draws));
+    Ok(())
 }

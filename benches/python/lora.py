@@ -1,5 +1,6 @@
-"""PEFT's side of lora.rs: reads `case steps` lines, answers the seconds for one step."""
+"""PEFT's side of lora.rs: the seconds for one step of a case."""
 
+import json
 import sys
 import time
 
@@ -38,22 +39,25 @@ def wrap() -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    torch.set_num_threads(2)
-    models = {}
-    x = torch.randn(ROWS, WIDTH, requires_grad=True)
-    for line in sys.stdin:
-        case, steps = line.split()
-        if case == "wrap":
-            print(wrap(), flush=True)
-            continue
-        net = models.setdefault(case, None) or model(case)
-        models[case] = net
-        start = time.perf_counter()
-        for _ in range(int(steps)):
-            net(x).sum().backward()
-        print((time.perf_counter() - start) / int(steps), flush=True)
+MODELS = {}
+
+
+def answer(request: dict) -> dict:
+    if "threads" in request:
+        torch.set_num_threads(request["threads"])
+        return {"torch": torch.__version__}
+    case, steps = request["case"], request["steps"]
+    if case == "wrap":
+        return {"seconds": wrap()}
+    if case not in MODELS:
+        MODELS[case] = model(case)
+    net, x = MODELS[case], torch.randn(ROWS, WIDTH, requires_grad=True)
+    start = time.perf_counter()
+    for _ in range(steps):
+        net(x).sum().backward()
+    return {"seconds": (time.perf_counter() - start) / steps}
 
 
 if __name__ == "__main__":
-    main()
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
