@@ -56,7 +56,7 @@ fn expected_delta(model: &LoraModel<()>, n: i64, is_transposed: bool) -> Tensor 
 #[test]
 fn uses_of_a_stack() {
     let _rng = rng();
-    for (is_transposed, quantised) in [(false, false), (true, false), (false, true)] {
+    for (is_transposed, quantised) in [(false, false), (true, false), (false, true), (true, true)] {
         let sizes = if is_transposed { [3, 16, 6] } else { [3, 6, 16] };
         let (weight, model) = adapted(&sizes, is_transposed, quantised);
         let base = tch::no_grad(|| {

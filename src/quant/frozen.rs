@@ -1,6 +1,7 @@
 //! What a frozen weight answers to the operators that consume weights.
 
 use super::linear::{Like, frozen_linear};
+use super::stack::OfStack;
 use super::{Dense, LinearMap, PackedWeight};
 use crate::error::Result;
 use crate::ffi::autograd::{self, Backward};
@@ -16,10 +17,14 @@ pub(crate) fn frozen(weight: &Arc<dyn PackedWeight>, operator: &Operator) -> Res
         Operator::Matrix { x, bias, index, transposed } => {
             frozen_linear(&LinearMap::new(&matrix(weight, index)?, transposed), x, bias)
         }
-        Operator::Stack { .. } => {
-            let stack = weight.as_dense().map_or_else(|| weight.dequantize(weight.kind()), Ok)?;
-            on_dense(&stack, operator)
-        }
+        Operator::Stack { x, transposed } => match weight.as_dense() {
+            Some(stack) => on_dense(&stack, operator),
+            None => {
+                let one = |i| frozen_linear(&LinearMap::new(&matrix(weight, i)?, transposed), &x.f_select(0, i)?, None);
+                let all = (0..weight.shape()[0]).map(one).collect::<Result<Vec<_>>>()?;
+                Ok(Tensor::f_stack(&all, 0)?)
+            }
+        },
         Operator::Embedding { indices, .. } => rows(weight.as_ref(), indices),
         Operator::Convolution { x, bias, form } => convolution(weight, x, bias, form),
     }
@@ -43,18 +48,12 @@ pub(crate) fn on_dense(weight: &Tensor, operator: &Operator) -> Result<Tensor> {
     }
 }
 
-/// One matrix of a stack (n, rows, columns): of a packed one, only that is
-/// unpacked.
+/// One matrix of a stack (n, rows, columns); of a packed one it stays packed.
 pub(crate) fn matrix(stack: &Arc<dyn PackedWeight>, index: i64) -> Result<Arc<dyn PackedWeight>> {
-    let one = match stack.as_dense() {
-        Some(dense) => dense.f_select(0, index)?,
-        None => {
-            let mut row = Tensor::f_empty([1, stack.shape()[1]], (stack.kind(), stack.device()))?;
-            stack.unpack_rows(index, &mut row)?;
-            row.f_view(stack.sizes().get(1..).unwrap_or_default())?
-        }
-    };
-    Ok(Arc::new(Dense::new(one)?))
+    Ok(match stack.as_dense() {
+        Some(dense) => Arc::new(Dense::new(dense.f_select(0, index)?)?),
+        None => Arc::new(OfStack::new(stack, index)),
+    })
 }
 
 /// The rows at `indices`, in the weight's dtype: only these are unpacked.

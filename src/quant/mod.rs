@@ -27,6 +27,7 @@ mod packing;
 mod parts;
 mod pattern;
 mod scheme;
+mod stack;
 mod tiles;
 
 pub use config::{QuantConfig, QuantConfigBuilder, QuantRule, Treatment};
