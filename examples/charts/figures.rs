@@ -26,6 +26,8 @@ pub struct Figures {
     pub quantization: Vec<Row>,
     /// `out,in,rows,dtype,what,layer,milliseconds`
     pub linear: Vec<Row>,
+    /// The same, on another processor.
+    pub linear_amd: Vec<Row>,
     /// `layer,rows,megabytes,dense_megabytes`
     pub memory: Vec<Row>,
     /// `case,tch_peft,peft`, in milliseconds
@@ -43,6 +45,7 @@ impl Figures {
         Ok(Figures {
             quantization: file("quantization.csv")?,
             linear: file("linear.csv")?,
+            linear_amd: file("linear_amd.csv")?,
             memory: file("memory.csv")?,
             lora: file("lora.csv")?,
         })

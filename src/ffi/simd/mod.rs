@@ -39,6 +39,10 @@ pub(crate) trait Simd: Packing<<Self as Simd>::V> + Send + Sync + 'static {
     /// Runs a kernel compiled for this instruction set.
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
 
+    /// Asks for the cache line of what will be read soon.
+    #[inline(always)]
+    fn prefetch<T>(self, _: &T) {}
+
     fn splat(self, value: f32) -> Self::V;
     fn load(self, from: &[f32; LANES]) -> Self::V;
     fn store(self, v: Self::V, to: &mut [f32; LANES]);

@@ -8,6 +8,7 @@
 use super::{Dtype, Float, Floats};
 use crate::ffi::simd::{LANES, Portable, Simd};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// The bytes and scales of a packed weight, as slices.
 ///
@@ -30,6 +31,9 @@ pub(crate) trait Format: Sync {
     fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
         write_values(self, s, index, first, out);
     }
+
+    /// Asks for the bytes of these flat elements, and their scales, to be in the cache soon.
+    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>);
 
     /// The element at `at` of a block, for what is left over.
     fn value(&self, index: usize, at: usize) -> f32;
@@ -67,6 +71,17 @@ fn write_values<F: Format + ?Sized, S: Simd, T: Float>(
     }
 }
 
+/// Asks for the cache lines of a range, as far as there are any.
+#[inline(always)]
+pub(super) fn prefetch<S: Simd, T>(s: S, from: &[T], range: Range<usize>) {
+    const LINE: usize = 64;
+    for i in range.step_by((LINE / size_of::<T>()).max(1)) {
+        if let Some(element) = from.get(i) {
+            s.prefetch(element);
+        }
+    }
+}
+
 /// A table of f32 as one of words of `T`, if that has 16 bits: 32 elements are
 /// looked up at a time, and none is rounded on its own.
 #[inline(always)]
@@ -86,9 +101,16 @@ pub(super) fn words_of<T: Float>(out: &mut [T; 2 * LANES]) -> Option<&mut [u16; 
 /// The scales of [`Codes`], one for each block.
 pub(crate) trait Scales: Sync {
     fn at(&self, block: usize) -> f32;
+    /// Asks for those of these blocks.
+    fn prefetch<S: Simd>(&self, s: S, blocks: Range<usize>);
 }
 
 impl Scales for &[f32] {
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, blocks: Range<usize>) {
+        prefetch(s, self, blocks);
+    }
+
     #[inline(always)]
     fn at(&self, block: usize) -> f32 {
         self[block]
@@ -111,6 +133,11 @@ impl Double<'_> {
 }
 
 impl Scales for Double<'_> {
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, blocks: Range<usize>) {
+        prefetch(s, self.codes, blocks);
+    }
+
     #[inline(always)]
     fn at(&self, block: usize) -> f32 {
         self.map[usize::from(self.codes[block])] * self.nested[block / Self::NESTED_BLOCK] + self.offset
@@ -191,6 +218,12 @@ impl<'a, Sc: Scales> Format for Codes<'a, Sc> {
     fn pair<S: Simd>(&self, s: S, block: &Nibbles<'a, S::V>, i: usize) -> [S::V; 2] {
         let bytes = &block.bytes.as_chunks().0[i];
         [s.look_up_field(block.table, bytes, 4), s.look_up_field(block.table, bytes, 0)]
+    }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
+        prefetch(s, self.bytes, elements.start / 2..elements.end / 2);
+        self.scales.prefetch(s, elements.start / self.block..elements.end / self.block);
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {
@@ -306,6 +339,11 @@ impl<'a, B: Byte> Format for Bytes<'a, B> {
         if self.dtype == Dtype::F32 { self.scales.at(row) } else { 1.0 }
     }
 
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
+        prefetch(s, self.bytes, elements);
+    }
+
     fn value(&self, index: usize, at: usize) -> f32 {
         let number = B::widen(Portable, &[self.bytes[index * self.row + at]; LANES])[0];
         self.dtype.round_one(number * self.scales.at(index))
@@ -342,6 +380,11 @@ impl<'a> Format for Absmax<'a> {
     fn values<S: Simd>(&self, s: S, block: &Scaled<'a, S::V>, i: usize) -> S::V {
         let scaled = s.mul(s.widen_i8(&block.bytes[i]), block.scale);
         self.dtype.round(s, s.mul(scaled, s.splat(self.step)))
+    }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
+        prefetch(s, self.bytes, elements);
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {
@@ -436,6 +479,12 @@ impl<'a> Format for Groups<'a> {
                 s.look_up_field_as_words(words, bytes, block.shift, out);
             }
         }
+    }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
+        let start = self.place(elements.start / self.group).0 + elements.start % self.group;
+        prefetch(s, self.bytes, start..start + elements.len());
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {

@@ -1,9 +1,10 @@
 //! Formats of two codes in a byte, the even one of a pair in the low half:
 //! MXFP4's and GPTQ's.
 
-use super::formats::{CODES, Nibbles};
+use super::formats::{CODES, Nibbles, prefetch};
 use super::{Dtype, Floats, Format};
 use crate::ffi::simd::{LANES, Simd};
+use std::ops::Range;
 
 /// The same bytes, their halves changed over.
 #[inline(always)]
@@ -86,6 +87,14 @@ impl<'a> Format for Powers<'a> {
         [self.dtype.round(s, s.mul(even, scale)), self.dtype.round(s, s.mul(odd, scale))]
     }
 
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
+        let row = elements.start / self.row;
+        let columns = elements.start - row * self.row..elements.end - row * self.row;
+        let first = row * self.row.div_ceil(2);
+        prefetch(s, self.bytes, first + columns.start / 2..first + columns.end / 2);
+    }
+
     fn value(&self, index: usize, at: usize) -> f32 {
         let (bytes, scales) = self.parts(index);
         self.dtype.round_one(self.code[usize::from(low_first(bytes, at))] * power(scales[at / 32]))
@@ -137,6 +146,11 @@ impl<'a> Format for Zeros<'a> {
     fn pair<S: Simd>(&self, s: S, block: &Nibbles<'a, S::V>, i: usize) -> [S::V; 2] {
         let bytes = &block.bytes.as_chunks().0[i];
         [s.look_up_field(block.table, bytes, 0), s.look_up_field(block.table, bytes, 4)]
+    }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
+        prefetch(s, self.bytes, elements.start / 2..elements.end / 2);
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {

@@ -9,6 +9,9 @@ use std::ops::Range;
 /// Elements that a thread takes at a time: enough to be worth its while.
 const PART: usize = 1 << 14;
 
+/// Rows whose bytes are asked for before they are read, where rows are apart.
+const AHEAD: usize = 8;
+
 /// A rectangle of a weight (rows of `inn` elements).
 #[derive(Debug, Clone)]
 pub(crate) struct Tile {
@@ -60,7 +63,13 @@ impl<F: Format, T: Float> Kernel for Unpack<'_, F, T> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for (i, run) in self.out.chunks_mut(self.width.max(1)).enumerate() {
-            unpack_run(s, self.format, self.start + i * self.stride, run);
+            let start = self.start + i * self.stride;
+            // One run after the other the processor fetches by itself.
+            if self.stride > 0 {
+                let ahead = start + AHEAD * self.stride;
+                self.format.prefetch(s, ahead..ahead + self.width);
+            }
+            unpack_run(s, self.format, start, run);
         }
     }
 }
