@@ -10,9 +10,9 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// The Python that has the peers, or `None` where the comparison was switched off.
 ///
@@ -55,14 +55,40 @@ pub fn peer<A: AsRef<OsStr>>(script: &str, args: &[A]) {
     print!("{stdout}");
 }
 
-/// The repository.
+/// The repository, or the bundle that the tests were taken away in
+/// (`cargo xtask test --device cuda`), as its `run` says by `TCH_PEFT_ROOT`.
 pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    moved().unwrap_or(Path::new(env!("CARGO_MANIFEST_DIR")))
+}
+
+fn moved() -> Option<&'static Path> {
+    static MOVED: OnceLock<Option<PathBuf>> = OnceLock::new();
+    MOVED.get_or_init(|| std::env::var_os("TCH_PEFT_ROOT").map(PathBuf::from)).as_deref()
+}
+
+/// Where test binaries make their folders.
+pub fn scratch() -> PathBuf {
+    moved().map_or(env!("CARGO_TARGET_TMPDIR").into(), |root| root.join("tmp"))
+}
+
+/// Where tensors of tests are that can be anywhere: the CPU, or what
+/// `TCH_PEFT_TEST_DEVICE` says (`cpu` or `cuda`), which must be there.
+pub fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    *DEVICE.get_or_init(|| match std::env::var("TCH_PEFT_TEST_DEVICE").as_deref() {
+        Err(_) | Ok("cpu") => Device::Cpu,
+        Ok("cuda") => {
+            let status = tch_peft::cuda_status();
+            assert!(tch::Cuda::is_available(), "TCH_PEFT_TEST_DEVICE is cuda, and libtorch sees none: {status}");
+            Device::Cuda(0)
+        }
+        Ok(other) => panic!("TCH_PEFT_TEST_DEVICE is `{other}`; it can be `cpu` or `cuda`"),
+    })
 }
 
 /// An empty folder of this name for what a test binary makes; kept until its next run.
 pub fn fresh_dir(name: &str) -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let dir = scratch().join(name);
     if dir.exists() {
         std::fs::remove_dir_all(&dir).unwrap();
     }

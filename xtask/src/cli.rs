@@ -2,6 +2,8 @@
 
 use std::ffi::{OsStr, OsString};
 
+use crate::bundle::Bundle;
+
 /// What `cargo xtask --help` prints.
 pub const HELP: &str = "\
 The chores of tch-peft.
@@ -17,6 +19,11 @@ Usage: cargo xtask <command> [options]
                               library's `cargo test`, and those alone are run.
                               --no-peers leaves out what compares with the
                               Python libraries.
+  test --device cuda [--out DIR] [--tar]
+                              Build the tests and the GPU's bench into a folder,
+                              target/bundle unless named, to be carried to a
+                              machine with a GPU, a driver and a torch, where
+                              `./run` runs them. --tar packs it into one file.
   bench [ARGS...]             Run the benches; ARGS go to `cargo bench`.
   doc [--open]                Build the documentation; warnings are errors.
 
@@ -51,6 +58,8 @@ pub enum Command {
         /// For `cargo test`.
         args: Vec<OsString>,
     },
+    /// `test --device cuda [--out DIR] [--tar]`
+    Bundle(Bundle),
     /// `bench [ARGS...]`
     Bench {
         /// For `cargo bench`.
@@ -85,6 +94,10 @@ pub fn parse(args: &[OsString]) -> Result<Command, String> {
             Ok(Command::Setup { peers })
         }
         "demo" => Ok(Command::Demo { args: [ours, theirs].concat() }),
+        "test" if ours.iter().any(|arg| arg == "--device") => {
+            none_passed_on(split, "test --device")?;
+            Ok(Command::Bundle(bundle(ours)?))
+        }
         "test" => Ok(Command::Test { peers: !flag(ours, "--no-peers", &command)?, args: theirs.to_vec() }),
         "bench" => Ok(Command::Bench { args: rest.to_vec() }),
         "doc" => {
@@ -94,6 +107,30 @@ pub fn parse(args: &[OsString]) -> Result<Command, String> {
         }
         _ => Err(format!("no command `{command}`; `cargo xtask --help` lists them")),
     }
+}
+
+/// What `test --device cuda` is to make.
+fn bundle(args: &[OsString]) -> Result<Bundle, String> {
+    let mut bundle = Bundle::default();
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().ok_or(format!("`{}` needs a value", arg.to_string_lossy()));
+        match arg.to_str() {
+            Some("--device") => {
+                let device = value()?.to_string_lossy();
+                if device != "cuda" {
+                    return Err(format!("--device can be cuda, not `{device}`: without it, tests run here on the CPU"));
+                }
+            }
+            Some("--out") => bundle.out = Some(value()?.into()),
+            Some("--tar") => bundle.tar = true,
+            _ => {
+                let arg = arg.to_string_lossy();
+                return Err(format!("`test --device cuda` takes --out DIR and --tar only, not `{arg}`"));
+            }
+        }
+    }
+    Ok(bundle)
 }
 
 /// Whether the command's only option is given; anything else is an error.
@@ -160,9 +197,19 @@ mod tests {
     }
 
     #[test]
+    fn a_device_asks_for_a_bundle() {
+        assert_eq!(parsed(&["test", "--device", "cuda"]), Ok(Command::Bundle(Bundle::default())));
+        let bundle = Bundle { out: Some("away".into()), tar: true };
+        assert_eq!(parsed(&["test", "--tar", "--device", "cuda", "--out", "away"]), Ok(Command::Bundle(bundle)));
+    }
+
+    #[test]
     fn what_is_not_understood_is_named() {
         for (args, named) in [
-            (&["tset"][..], "tset"),
+            (&["test", "--device", "tpu"][..], "tpu"),
+            (&["test", "--device"], "--device"),
+            (&["test", "--device", "cuda", "--no-peers"], "--no-peers"),
+            (&["tset"], "tset"),
             (&["setup", "--peer"], "--peer"),
             (&["test", "nf4"], "nf4"),
             (&["doc", "--", "x"], "doc"),
