@@ -103,6 +103,7 @@ struct tp_list {
 
 char* tp_foreach_mul(tp_list self, double factor);
 char* tp_foreach_add(tp_list self, tp_list other, double alpha);
+char* tp_foreach_add_scalar(tp_list self, double value);
 char* tp_foreach_addcmul(tp_list self, tp_list a, tp_list b, double value);
 char* tp_foreach_addcdiv(tp_list self, tp_list a, tp_list b, double value);
 char* tp_foreach_clamp(tp_list self, double least, double most);

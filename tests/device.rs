@@ -1,7 +1,7 @@
 //! Training on another device than the CPU: nothing of a step comes back to the host.
 mod common;
 
-use tch::nn::{self, Module};
+use tch::nn;
 use tch::{Device, Kind, Tensor};
 use tch_peft::{AdamW, Base, LoraConfig, LoraModel, Optimizer, QuantConfig};
 
@@ -29,7 +29,9 @@ fn quick() {
     let vs = nn::VarStore::new(device);
     let l = nn::linear(vs.root() / "l", 64, 64, Default::default());
     let base = Base::new(vs, l).quantize(&QuantConfig::nf4().build().unwrap()).unwrap();
-    let model = LoraModel::wrap(base, LoraConfig::builder().r(4).lora_dropout(0.1).target_modules(["l"]).build().unwrap()).unwrap();
+    let model =
+        LoraModel::wrap(base, LoraConfig::builder().r(4).lora_dropout(0.1).target_modules(["l"]).build().unwrap())
+            .unwrap();
     let mut opt = AdamW::builder().build(model.trainable_parameters()).unwrap();
     for _ in 0..3 {
         let (a, b) = (tch::utils::version_cudart(), tch::utils::version_cudnn());

@@ -9,7 +9,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use common::{assert_close, assert_differs, peer, python, read, relative_error, rng};
+use common::{assert_close, assert_differs, device, peer, python, read, relative_error, rng};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 use tch_peft::{Base, LoraConfig, LoraModel, QuantConfig, TorchScript};
@@ -46,7 +46,7 @@ impl Run {
     }
 
     fn base(&self) -> Base<TorchScript> {
-        let base = Base::torchscript(self.export.join("model.pt")).unwrap();
+        let base = Base::torchscript_on_device(self.export.join("model.pt"), device()).unwrap();
         if self.text("kind") != "nf4" {
             return base;
         }
@@ -142,9 +142,11 @@ fn every_export_is_what_its_record_says() {
     for run in Run::all(dir) {
         let record: Value = serde_json::from_slice(&std::fs::read(run.export.join("export.json")).unwrap()).unwrap();
         let name = run.text("name");
-        let mut model =
-            LoraModel::init_lora(Base::torchscript(run.export.join("model.pt")).unwrap(), run.folder.join("start"))
-                .unwrap();
+        let mut model = LoraModel::init_lora(
+            Base::torchscript_on_device(run.export.join("model.pt"), device()).unwrap(),
+            run.folder.join("start"),
+        )
+        .unwrap();
         model.eval().unwrap();
         let names = model.base().weight_names();
         for parameter in record["parameters"].as_array().unwrap() {
@@ -178,7 +180,8 @@ fn folders_of_pretrained_models_are_exported() {
         let inputs = record["inputs"].as_array().unwrap().iter().map(|input| &example[input["name"].as_str().unwrap()]);
         let inputs: Vec<&Tensor> = inputs.collect();
         let config = LoraConfig::builder().target_modules("all-linear").build().unwrap();
-        let mut model = LoraModel::wrap(Base::torchscript(folder.join("model.pt")).unwrap(), config).unwrap();
+        let mut model =
+            LoraModel::wrap(Base::torchscript_on_device(folder.join("model.pt"), device()).unwrap(), config).unwrap();
         let train = model.module().forward_ts(&inputs).unwrap();
         model.eval().unwrap();
         let eval = model.module().forward_ts(&inputs).unwrap();

@@ -101,18 +101,12 @@ pub trait PackedWeight: Debug + Send + Sync {
     /// libtorch's.
     fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()>;
 
-    /// [`unpack_index`](#method.unpack_index) by libtorch's operators.
+    /// [`unpack_index`](#method.unpack_index) by libtorch's operators, which
+    /// never ask for the index on the host.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] for a row that the weight doesn't have; libtorch's.
-    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
-        let rows = Vec::<i64>::try_from(index)?;
-        check_index(&rows, self.shape()[0])?;
-        for (at, row) in rows.into_iter().enumerate() {
-            self.rows_by_operators(row, &mut out.f_narrow(0, at as i64, 1)?)?;
-        }
-        Ok(())
-    }
+    /// libtorch's.
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()>;
 
     /// The weight itself where it is kept dense, so that it need not be copied.
     fn as_dense(&self) -> Option<Tensor> {
@@ -148,7 +142,9 @@ impl dyn PackedWeight + '_ {
     /// `index` is i64 (n); rows may come in any order and more than once.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] for a row that the weight doesn't have; libtorch's.
+    /// [`Error::Mismatch`] for a row that the weight doesn't have, where that is
+    /// on the CPU (CUDA's operators stop the program, as in an embedding);
+    /// libtorch's.
     pub fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
         if self.device() == Device::Cpu {
             let rows = Vec::<i64>::try_from(index)?;

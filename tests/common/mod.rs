@@ -48,6 +48,8 @@ pub fn peer<A: AsRef<OsStr>>(script: &str, args: &[A]) {
         .args(args)
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .env("HF_HUB_OFFLINE", "1")
+        // What stands in for a GPU here is not for Python.
+        .env_remove("LD_PRELOAD")
         .output()
         .unwrap_or_else(|e| panic!("{}: {e}", python.display()));
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -119,23 +121,28 @@ pub fn rng() -> MutexGuard<'static, ()> {
     RNG.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// The tensors of a safetensors file by name.
+/// The tensors of a safetensors file by name, on the [`device`].
 pub fn read(path: impl AsRef<Path>) -> BTreeMap<String, Tensor> {
     let path = path.as_ref();
     let tensors = Tensor::read_safetensors(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    tensors.into_iter().collect()
+    tensors.into_iter().map(|(name, tensor)| (name, tensor.to_device(device()))).collect()
 }
 
 /// Writes a safetensors file for a peer to read.
 pub fn write(path: impl AsRef<Path>, tensors: &[(String, Tensor)]) {
     let contiguous: Vec<(&str, Tensor)> =
-        tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.detach().contiguous())).collect();
+        tensors.iter().map(|(name, tensor)| (name.as_str(), on_cpu(tensor).contiguous())).collect();
     Tensor::write_safetensors(&contiguous, path).unwrap();
+}
+
+/// The values, without a history, where any two can be compared.
+fn on_cpu(tensor: &Tensor) -> Tensor {
+    tensor.detach().to_device(Device::Cpu)
 }
 
 /// The bytes of a tensor's values, so that NaN, -0.0 and the dtype count.
 pub fn bits(tensor: &Tensor) -> Vec<u8> {
-    let tensor = tensor.detach().contiguous();
+    let tensor = on_cpu(tensor).contiguous();
     let integers = match tensor.kind() {
         Kind::Double | Kind::Int64 => Kind::Int64,
         Kind::Float | Kind::Int => Kind::Int,
@@ -179,7 +186,7 @@ pub fn assert_same(name: &str, found: &Tensor, expected: &Tensor) {
 #[track_caller]
 pub fn relative_error(name: &str, found: &Tensor, expected: &Tensor) -> f64 {
     assert_eq!(found.size(), expected.size(), "{name}: shape");
-    let [found, expected] = [found, expected].map(|t| t.detach().to_kind(Kind::Double));
+    let [found, expected] = [found, expected].map(|t| on_cpu(t).to_kind(Kind::Double));
     let norm = |t: &Tensor| f64::try_from(t.norm()).unwrap();
     let (error, scale) = (norm(&(&found - &expected)), norm(&expected));
     if error == 0.0 { 0.0 } else { error / scale }
@@ -205,7 +212,7 @@ pub fn assert_differs(name: &str, found: &Tensor, other: &Tensor, least: f64) {
 }
 
 fn difference(found: &Tensor, expected: &Tensor) -> String {
-    let [found, expected] = [found, expected].map(|t| t.detach().to_kind(Kind::Double));
+    let [found, expected] = [found, expected].map(|t| on_cpu(t).to_kind(Kind::Double));
     if found.numel() == 0 {
         return "both are empty".into();
     }

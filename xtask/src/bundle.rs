@@ -6,6 +6,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::cli::Bundle;
+use crate::libtorch::Libtorch;
+use crate::python::Venv;
 use crate::{Ready, Result};
 
 /// Runs what is in the bundle; it lies there as `run`.
@@ -17,15 +20,6 @@ const DATA: [&str; 6] = ["tests", "python", "benches", "examples", "docs", "READ
 /// Test binaries that ask cargo about this repository, whose answer no device changes.
 const AT_HOME: [&str; 2] = ["docs", "xtask"];
 
-/// What to make.
-#[derive(Debug, PartialEq, Default)]
-pub struct Bundle {
-    /// The folder, if not `target/bundle`. What an earlier call made there is replaced.
-    pub out: Option<PathBuf>,
-    /// Pack the folder into a file beside it, too.
-    pub tar: bool,
-}
-
 impl Bundle {
     /// Builds the programs and lays them out with their data.
     pub fn make(&self, ready: &Ready) -> Result<()> {
@@ -33,7 +27,10 @@ impl Bundle {
         clear(&folder)?;
         let failed = |error: io::Error| format!("cannot write {}: {error}", folder.display());
         let tests = ready.cargo(["test", "--no-run", "--tests"]).programs()?;
-        let benches = ready.cargo(["bench", "--no-run", "--bench", "cuda"]).programs()?;
+        let benches = match self.stand_in {
+            None => ready.cargo(["bench", "--no-run", "--bench", "cuda"]).programs()?,
+            Some(_) => Vec::new(),
+        };
         for (kind, programs) in [("tests", &tests), ("benches", &benches)] {
             let bin = folder.join("bin").join(kind);
             fs::create_dir_all(&bin).map_err(failed)?;
@@ -50,12 +47,41 @@ impl Bundle {
         let run = folder.join("run");
         fs::write(&run, RUN).map_err(failed)?;
         make_executable(&run).map_err(failed)?;
-        println!("\n{}: {} test programs.", folder.display(), tests.len());
         if self.tar {
             println!("{}", pack(&folder)?.display());
         }
-        println!("There, with a Python that has torch with CUDA: ./run --python PYTHON");
-        Ok(())
+        let Some(args) = &self.stand_in else {
+            println!("{}: {} test programs.", folder.display(), tests.len());
+            println!("There, with a Python that has torch with CUDA: ./run --python PYTHON");
+            return Ok(());
+        };
+        build_stand_in(ready, &folder.join("bin/standin.so"))?;
+        let mut command = Command::new(&run);
+        command.args(["--device", "stand-in", "--python"]).arg(Venv::at(&ready.root).python()).args(args);
+        succeed(&mut command, "run the bundle")
+    }
+}
+
+/// Builds tests/standin, which libtorch takes for its CUDA half.
+fn build_stand_in(ready: &Ready, to: &Path) -> Result<()> {
+    let torch = match &ready.libtorch {
+        Libtorch::Venv => Venv::at(&ready.root).torch_dir()?,
+        Libtorch::Own { path, .. } => path.clone(),
+    };
+    let include = torch.join("include");
+    let mut compiler = Command::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()));
+    compiler.args(["-shared", "-fPIC", "-std=c++17", "-O1", "-w"]).arg(ready.root.join("tests/standin/standin.cpp"));
+    compiler.arg("-I").arg(&include).arg("-I").arg(include.join("torch/csrc/api/include"));
+    compiler.arg("-L").arg(torch.join("lib")).args(["-ltorch_cpu", "-lc10", "-o"]).arg(to);
+    succeed(&mut compiler, "build the stand-in for a GPU")
+}
+
+/// Runs a command to its good end; `purpose` completes "cannot …" in the error.
+fn succeed(command: &mut Command, purpose: &str) -> Result<()> {
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("cannot {purpose}: {:?} failed ({status})", command.get_program()).into()),
+        Err(error) => Err(format!("cannot {purpose}: {:?}: {error}", command.get_program()).into()),
     }
 }
 
@@ -100,12 +126,9 @@ fn pack(folder: &Path) -> Result<PathBuf> {
     };
     let file = folder.with_extension("tar.gz");
     let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-    let status = Command::new("tar").arg("-C").arg(parent).arg("-czf").arg(&file).arg(name).status();
-    match status {
-        Ok(status) if status.success() => Ok(file),
-        Ok(status) => Err(format!("cannot pack {}: tar failed ({status})", folder.display()).into()),
-        Err(error) => Err(format!("cannot pack {}: tar: {error}", folder.display()).into()),
-    }
+    let mut tar = Command::new("tar");
+    succeed(tar.arg("-C").arg(parent).arg("-czf").arg(&file).arg(name), "pack the bundle")?;
+    Ok(file)
 }
 
 #[cfg(unix)]

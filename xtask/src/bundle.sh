@@ -8,7 +8,9 @@ Usage: ./run [options] [NAME...] [-- ARGS]
 
   NAME...          Test programs to run, of bin/tests; all unless named
   -- ARGS          For each test program, such as the name of a test
-  --device DEVICE  Where tests put tensors that can be anywhere: cuda (the usual) or cpu
+  --device DEVICE  Where tests put tensors that can be anywhere: cuda (the usual),
+                   cpu, or stand-in: the CPU in the place of a GPU, where
+                   `cargo xtask test --device stand-in` has built it
   --python PYTHON  A Python that has torch; python3 unless named. Where it has
                    peft too, tests also compare with the Python libraries
   --bench          Run the GPU's bench instead; ARGS go to it
@@ -48,13 +50,24 @@ TCH_PEFT_PYTHON=
 if "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("peft") is None)'; then
     TCH_PEFT_PYTHON=$(command -v "$python")
 fi
+preload=
+if [ "$device" = stand-in ]; then
+    TCH_PEFT_TEST_DEVICE=cuda
+    preload=LD_PRELOAD=$here/bin/standin.so
+fi
+# Results are compared with f32 arithmetic, and with those of a second run: no
+# TF32 in cuDNN's convolutions, and no cuBLAS that sums in another order each time.
+NVIDIA_TF32_OVERRIDE=0
+CUBLAS_WORKSPACE_CONFIG=:4096:8
 export LD_LIBRARY_PATH TCH_PEFT_ROOT TCH_PEFT_TEST_DEVICE TCH_PEFT_PYTHON
+export NVIDIA_TF32_OVERRIDE CUBLAS_WORKSPACE_CONFIG
 echo "torch   $torch"
 echo "device  $device"
 echo "peers   ${TCH_PEFT_PYTHON:-OFF: $python has no peft, nothing is compared with it}"
 cd "$here" || exit 2
 
 if [ $bench = yes ]; then
+    unset NVIDIA_TF32_OVERRIDE CUBLAS_WORKSPACE_CONFIG
     exec bin/benches/cuda --device "$device" "$@"
 fi
 
@@ -62,7 +75,7 @@ mkdir -p logs tmp
 passed=0 failed=0 skipped=0 broken=
 for name in ${names:-$(ls bin/tests)}; do
     log=logs/$name.log
-    "bin/tests/$name" "$@" >"$log" 2>&1
+    env $preload "bin/tests/$name" "$@" >"$log" 2>&1
     status=$?
     # The last such line is that of the program; those before are of processes that it started.
     line=$(grep '^test result: ' "$log" | tail -n 1)

@@ -1,8 +1,7 @@
 //! The command line.
 
 use std::ffi::{OsStr, OsString};
-
-use crate::bundle::Bundle;
+use std::path::PathBuf;
 
 /// What `cargo xtask --help` prints.
 pub const HELP: &str = "\
@@ -24,6 +23,9 @@ Usage: cargo xtask <command> [options]
                               target/bundle unless named, to be carried to a
                               machine with a GPU, a driver and a torch, where
                               `./run` runs them. --tar packs it into one file.
+  test --device stand-in [-- ARGS]
+                              Build such a folder, and run it here, on the CPU's
+                              memory that stands in for a GPU; ARGS go to `./run`.
   bench [ARGS...]             Run the benches; ARGS go to `cargo bench`.
   doc [--open]                Build the documentation; warnings are errors.
 
@@ -58,7 +60,7 @@ pub enum Command {
         /// For `cargo test`.
         args: Vec<OsString>,
     },
-    /// `test --device cuda [--out DIR] [--tar]`
+    /// `test --device cuda|stand-in [--out DIR] [--tar] [-- ARGS...]`
     Bundle(Bundle),
     /// `bench [ARGS...]`
     Bench {
@@ -70,6 +72,18 @@ pub enum Command {
         /// For `cargo doc`.
         args: Vec<OsString>,
     },
+}
+
+/// What `test --device` makes.
+#[derive(Debug, PartialEq)]
+pub struct Bundle {
+    /// The folder, if not `target/bundle`. What an earlier call made there is replaced.
+    pub out: Option<PathBuf>,
+    /// Pack the folder into a file beside it, too.
+    pub tar: bool,
+    /// Run it here on the stand-in for a GPU, with these arguments, instead of
+    /// leaving it to be carried away.
+    pub stand_in: Option<Vec<OsString>>,
 }
 
 /// Reads the arguments that follow `cargo xtask`.
@@ -95,8 +109,11 @@ pub fn parse(args: &[OsString]) -> Result<Command, String> {
         }
         "demo" => Ok(Command::Demo { args: [ours, theirs].concat() }),
         "test" if ours.iter().any(|arg| arg == "--device") => {
-            none_passed_on(split, "test --device")?;
-            Ok(Command::Bundle(bundle(ours)?))
+            let bundle = bundle(ours, theirs)?;
+            if bundle.stand_in.is_none() {
+                none_passed_on(split, "test --device cuda")?;
+            }
+            Ok(Command::Bundle(bundle))
         }
         "test" => Ok(Command::Test { peers: !flag(ours, "--no-peers", &command)?, args: theirs.to_vec() }),
         "bench" => Ok(Command::Bench { args: rest.to_vec() }),
@@ -109,24 +126,26 @@ pub fn parse(args: &[OsString]) -> Result<Command, String> {
     }
 }
 
-/// What `test --device cuda` is to make.
-fn bundle(args: &[OsString]) -> Result<Bundle, String> {
-    let mut bundle = Bundle::default();
+/// What `test --device` is to make.
+fn bundle(args: &[OsString], theirs: &[OsString]) -> Result<Bundle, String> {
+    let mut bundle = Bundle { out: None, tar: false, stand_in: None };
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or(format!("`{}` needs a value", arg.to_string_lossy()));
         match arg.to_str() {
-            Some("--device") => {
-                let device = value()?.to_string_lossy();
-                if device != "cuda" {
-                    return Err(format!("--device can be cuda, not `{device}`: without it, tests run here on the CPU"));
+            Some("--device") => match &*value()?.to_string_lossy() {
+                "cuda" => bundle.stand_in = None,
+                "stand-in" => bundle.stand_in = Some(theirs.to_vec()),
+                other => {
+                    let usual = "without it, tests run here on the CPU";
+                    return Err(format!("--device can be cuda or stand-in, not `{other}`: {usual}"));
                 }
-            }
+            },
             Some("--out") => bundle.out = Some(value()?.into()),
             Some("--tar") => bundle.tar = true,
             _ => {
                 let arg = arg.to_string_lossy();
-                return Err(format!("`test --device cuda` takes --out DIR and --tar only, not `{arg}`"));
+                return Err(format!("`test --device` takes --out DIR and --tar only, not `{arg}`"));
             }
         }
     }
@@ -198,9 +217,14 @@ mod tests {
 
     #[test]
     fn a_device_asks_for_a_bundle() {
-        assert_eq!(parsed(&["test", "--device", "cuda"]), Ok(Command::Bundle(Bundle::default())));
-        let bundle = Bundle { out: Some("away".into()), tar: true };
-        assert_eq!(parsed(&["test", "--tar", "--device", "cuda", "--out", "away"]), Ok(Command::Bundle(bundle)));
+        let bundle = |out: Option<&str>, tar, stand_in| {
+            Ok(Command::Bundle(Bundle { out: out.map(PathBuf::from), tar, stand_in }))
+        };
+        assert_eq!(parsed(&["test", "--device", "cuda"]), bundle(None, false, None));
+        let given = ["test", "--tar", "--device", "cuda", "--out", "away"];
+        assert_eq!(parsed(&given), bundle(Some("away"), true, None));
+        let given = ["test", "--device", "stand-in", "--", "resume"];
+        assert_eq!(parsed(&given), bundle(None, false, Some(os(&["resume"]))));
     }
 
     #[test]
@@ -209,6 +233,7 @@ mod tests {
             (&["test", "--device", "tpu"][..], "tpu"),
             (&["test", "--device"], "--device"),
             (&["test", "--device", "cuda", "--no-peers"], "--no-peers"),
+            (&["test", "--device", "cuda", "--", "resume"], "passes no arguments on"),
             (&["tset"], "tset"),
             (&["setup", "--peer"], "--peer"),
             (&["test", "nf4"], "nf4"),

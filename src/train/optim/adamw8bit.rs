@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::ffi::optim::{foreach_add, foreach_addcdiv, foreach_addcmul, foreach_mul};
 use crate::model::NamedParameter;
 use serde_json::{Map, Value, json};
+use std::sync::{Arc, Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 /// AdamW with block-wise 8-bit moments (Dettmers et al., "8-bit optimizers via
@@ -47,13 +48,16 @@ pub struct AdamW8bitRule {
     beta2: f64,
     eps: f64,
     min_8bit_size: usize,
+    /// The maps on the device used last: handing them over in each step would
+    /// let a device wait for its host.
+    codes: Arc<Mutex<Option<Arc<Codes>>>>,
 }
 
 impl AdamW8bit {
     /// Settings to start from: lr 1e-3, betas 0.9 and 0.999, eps 1e-8, weight
     /// decay 0.01, 8 bits from 4096 values on.
     pub fn builder() -> OptimizerBuilder<AdamW8bitRule> {
-        let rule = AdamW8bitRule { beta1: 0.9, beta2: 0.999, eps: 1e-8, min_8bit_size: 4096 };
+        let rule = AdamW8bitRule { beta1: 0.9, beta2: 0.999, eps: 1e-8, min_8bit_size: 4096, codes: Arc::default() };
         OptimizerBuilder::new(rule, 1e-3, 1e-2)
     }
 }
@@ -79,18 +83,23 @@ impl OptimizerBuilder<AdamW8bitRule> {
 }
 
 /// The maps of both moments.
+#[derive(Debug)]
 struct Codes {
     signed: Code,
     unsigned: Code,
-}
-
-impl Codes {
-    fn new(device: Device) -> Result<Codes> {
-        Ok(Codes { signed: Code::dynamic(true, device)?, unsigned: Code::dynamic(false, device)? })
-    }
+    device: Device,
 }
 
 impl AdamW8bitRule {
+    fn codes(&self, device: Device) -> Result<Arc<Codes>> {
+        let mut known = self.codes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(codes) = known.as_ref().filter(|codes| codes.device == device) {
+            return Ok(Arc::clone(codes));
+        }
+        let (signed, unsigned) = (Code::dynamic(true, device)?, Code::dynamic(false, device)?);
+        Ok(Arc::clone(known.insert(Arc::new(Codes { signed, unsigned, device }))))
+    }
+
     fn update_one(&self, codes: &Codes, update: &mut Update<'_>, group: ParameterGroup) -> Result<()> {
         let ParameterGroup { lr, weight_decay } = group;
         let Update { param, grad, state } = update;
@@ -168,7 +177,7 @@ impl UpdateRule for AdamW8bitRule {
     }
 
     fn update(&self, batch: &mut [Update<'_>], group: ParameterGroup) -> Result<()> {
-        let codes = Codes::new(batch[0].param.device())?;
+        let codes = self.codes(batch[0].param.device())?;
         batch.iter_mut().try_for_each(|update| self.update_one(&codes, update, group))
     }
 }
