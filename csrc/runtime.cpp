@@ -3,6 +3,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 
@@ -65,6 +66,17 @@ char* tp_with_cpu_engine(void* context, void (*call)(void* context, uint32_t* wo
     engine.set_data(data);
     generator->set_engine(engine);
   });
+}
+
+char* tp_peak_memory(int device, int64_t* bytes) {
+  return guarded([&] {
+    auto stats = at::getDeviceAllocator(c10::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(device));
+    *bytes = stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak;
+  });
+}
+
+char* tp_reset_peak_memory(int device) {
+  return guarded([&] { at::getDeviceAllocator(c10::kCUDA)->resetPeakStats(static_cast<c10::DeviceIndex>(device)); });
 }
 
 char* tp_fused_adamw(const tp_tensor* params, const tp_tensor* grads, const tp_tensor* exp_avgs,

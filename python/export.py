@@ -32,7 +32,10 @@ What makes an export fit for training:
 * `torch.jit.freeze` and `torch.jit.optimize_for_inference` turn parameters into constants: they are left out.
 * The module answers one tensor (`logits`, `sample`, …); caches and other outputs are switched off.
 * Batch size and length stay free where the model's code allows; `export.json` tells which do, `--free` demands it.
-* Dtype and device are those of the trace (`--dtype`, `--device`): constants that a model makes on the way keep them.
+* It runs on any device and in any dtype: `Base::torchscript_to`, or `to(device, dtype)` in Python. A plain trace would
+  keep those it was made with (see portable.py); if a model's code doesn't allow for more, a warning says so, and
+  `portable` in `export.json` is false. `--dtype` is that of the tensors that are written, `--device` where the model
+  runs while it is traced.
 """
 
 import argparse
@@ -41,12 +44,14 @@ import copy
 import dataclasses
 import inspect
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from portable import MARK, portable
 from torch import nn
 
 
@@ -386,11 +391,11 @@ def recorded_dropout(layers: dict[float, nn.Module]):
 
 
 def trace(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.jit.ScriptModule:
-    """A trace of a copy of the module, which asks for the training mode wherever the module drops.
+    """A trace of the module, which asks for the training mode wherever the module drops.
 
     A scripted layer in a trace does so. Dropout layers become scripted ones, and functions get layers of their own.
     """
-    module, layers = copy.deepcopy(module).train(), {}
+    module, layers = module.train(), {}
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Dropout:
@@ -411,15 +416,31 @@ def trace(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.jit.Scri
                 module.add_module(f"live_dropout_{len(layers)}", layers[rate])
 
 
-def to_torchscript(export: Export, batch: int, length: int) -> torch.jit.ScriptModule:
-    """The module as TorchScript, with its parameters' names."""
+def to_torchscript(export: Export, batch: int, length: int) -> tuple[torch.jit.ScriptModule, list[str], bool]:
+    """The module as TorchScript, with its parameters' names; the sizes that are free; whether device and dtype are."""
     if export.method == "script":
-        return torch.jit.script(export.module.train())
-    return trace(export.module, tuple(export.inputs(batch, length).values()))
+        scripted = torch.jit.script(export.module.train())
+        return scripted, check(export, scripted, batch, length), True
+    try:
+        marked = dataclasses.replace(export, module=copy.deepcopy(export.module).to(MARK))
+        traced = trace(marked.module, tuple(marked.inputs(batch, length).values()))
+        traced = portable(traced, export.module)
+        return traced, check(export, traced, batch, length), True
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        print(f"warning: the export keeps its device and dtype ({reason})", file=sys.stderr)
+    traced = trace(copy.deepcopy(export.module), tuple(export.inputs(batch, length).values()))
+    try:
+        return traced, check(export, traced, batch, length), False
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def check(export: Export, scripted: torch.jit.ScriptModule, batch: int, length: int) -> list[str]:
-    """Same names and dtypes, the same answers in evaluation and in training; answers the sizes that are free."""
+    """Same names and dtypes, the same answers in evaluation and in training; answers the sizes that are free.
+
+    Raises `ValueError` otherwise.
+    """
     tensors = lambda module: {  # noqa: E731
         name: t.dtype
         for name, t in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -428,11 +449,11 @@ def check(export: Export, scripted: torch.jit.ScriptModule, batch: int, length: 
     # Buffers that are not saved may stay constants of the trace.
     saved = {name: dtype for name, dtype in expected.items() if name in export.module.state_dict(keep_vars=True)}
     if not saved.items() <= kept.items() or not kept.items() <= expected.items():
-        raise SystemExit(f"names or dtypes changed: {sorted(set(saved.items()) ^ set(kept.items()), key=str)}")
+        raise ValueError(f"names or dtypes changed: {sorted(set(saved.items()) ^ set(kept.items()), key=str)}")
     for train in (False, True):
         if not same(export, scripted, batch, length, train):
             mode = "training" if train else "evaluation"
-            raise SystemExit(f"the export answers differently from the model in {mode}")
+            raise ValueError(f"the export answers differently from the model in {mode}")
     used = {size for one in export.takes for size in one.sizes if isinstance(size, str)}
     others = {"batch": [(batch + 1, length), (1, length)], "length": [(batch, length + 3), (batch, 1)]}
     return [name for name in others if name in used and all(same(export, scripted, *at, False) for at in others[name])]
@@ -464,13 +485,18 @@ def export(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Export:
-    """Writes the three files, and answers the model in PyTorch, in training mode."""
-    made = build(model, seed, settings) if isinstance(model, str) else model
-    made.module.to(device=device, dtype=dtype)
+    """Writes the three files, and answers the model in PyTorch, in training mode.
+
+    A model that is given has its dtype, which libraries don't give to all tensors.
+    """
+    made = model
+    if isinstance(model, str):
+        made = build(model, seed, settings)
+        made.module.to(dtype)
+    made.module.to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        scripted = to_torchscript(made, batch, length)
-        free = check(made, scripted, batch, length)
+        scripted, free, anywhere = to_torchscript(made, batch, length)
         inputs = made.inputs(batch, length)
     with torch.no_grad():
         output = made.module.eval()(*inputs.values())
@@ -490,6 +516,7 @@ def export(
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
+        "portable": anywhere,
         "free": free,
         "inputs": [{"name": name, "shape": list(t.shape), "dtype": str(t.dtype)} for name, t in inputs.items()],
         "parameters": [name for name, _ in made.module.named_parameters()],

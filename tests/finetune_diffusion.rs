@@ -15,6 +15,7 @@ use std::time::SystemTime;
 
 use common::{assert_close, assert_differs, assert_same, peer, program, read, write};
 use example::denoiser::Denoiser;
+use example::record::Place;
 use example::training::metrics::Metrics;
 use example::{images, latents};
 use serde_json::json;
@@ -45,8 +46,9 @@ fn command(dir: &Path, arguments: &str) -> Command {
 }
 
 struct Case {
-    /// The exported transformer: its family, with `-bf16` if it is of that dtype.
-    model: &'static str,
+    /// Of the exported transformer.
+    family: &'static str,
+    dtype: &'static str,
     scheme: &'static str,
     sigmas: &'static str,
     shift: f64,
@@ -59,20 +61,19 @@ const BATCH: usize = 4;
 #[test]
 fn training_is_that_of_diffusers_and_peft() {
     let Some(dir) = files() else { return };
-    let case = |model, scheme, sigmas, shift| Case { model, scheme, sigmas, shift };
+    let case = |family, dtype, scheme, sigmas, shift| Case { family, dtype, scheme, sigmas, shift };
     for case in [
-        case("sd3", "none", "logit-normal", 3.0),
-        case("sd3", "int8", "logit-normal", 3.0),
-        case("sd3-bf16", "none", "logit-normal", 3.0),
-        case("flux", "none", "uniform", 1.0),
-        case("sana", "none", "logit-normal", 1.0),
-        case("aura-flow", "none", "uniform", 1.7),
+        case("sd3", "f32", "none", "logit-normal", 3.0),
+        case("sd3", "f32", "int8", "logit-normal", 3.0),
+        case("sd3", "bf16", "none", "logit-normal", 3.0),
+        case("flux", "f32", "none", "uniform", 1.0),
+        case("sana", "f32", "none", "logit-normal", 1.0),
+        case("aura-flow", "f32", "none", "uniform", 1.7),
     ] {
-        let Case { model, scheme, sigmas, shift } = case;
-        let family = model.trim_end_matches("-bf16");
-        let run = format!("runs/{model}-{scheme}");
+        let Case { family, dtype, scheme, sigmas, shift } = case;
+        let run = format!("runs/{family}-{dtype}-{scheme}");
         let arguments = format!(
-            "--model @{model} --images @images --vae @vae --cache @cache --embeds @embeds.safetensors --out @{run} \
+            "--model @{family} --dtype {dtype} --images @images --vae @vae --cache @cache --embeds @embeds.safetensors --out @{run} \
              --init-lora @{family}-start/{WEIGHTS} --scheme {scheme} --sigmas {sigmas} --shift {shift} \
              --guidance 3.5 --lr 1e-2 --batch {BATCH} --steps {STEPS} --seed 5"
         );
@@ -83,9 +84,8 @@ fn training_is_that_of_diffusers_and_peft() {
         let folder = dir.join(run);
         draws(&folder, &case);
         answer(dir, &folder, &case);
-        let dtype = if model == family { "float32" } else { "bfloat16" };
         let facts = json!({
-            "family": family, "dtype": dtype, "scheme": scheme,
+            "family": family, "dtype": if dtype == "f32" { "float32" } else { "bfloat16" }, "scheme": scheme,
             "sigmas": sigmas, "shift": shift, "lr": 1e-2, "steps": STEPS,
         });
         std::fs::write(folder.join("run.json"), facts.to_string()).unwrap();
@@ -114,7 +114,9 @@ fn draws(folder: &Path, case: &Case) {
 
 /// What the saved file gives here, on one batch.
 fn answer(dir: &Path, folder: &Path, case: &Case) {
-    let base = Base::torchscript(dir.join(case.model).join("model.pt")).unwrap();
+    let kind = if case.dtype == "f32" { Kind::Float } else { Kind::BFloat16 };
+    let export = dir.join(case.family);
+    let base = Base::torchscript_to(export.join("model.pt"), Device::Cpu, kind).unwrap();
     let base = match case.scheme {
         "int8" => {
             // Of the layers in DENSE of the peer's script, those that SD3 has.
@@ -132,7 +134,7 @@ fn answer(dir: &Path, folder: &Path, case: &Case) {
         ("pooled_projections".to_string(), normal(&[2, 20])),
     ]);
     let (noisy, sigmas) = (normal(&[2, 4, 8, 8]), normal(&[2]).sigmoid());
-    let denoiser = Denoiser::read(&dir.join(case.model), 3.5).unwrap();
+    let denoiser = Denoiser::read(&export, 3.5, Place { device: Device::Cpu, kind: Some(kind) }).unwrap();
     let velocity = tch::no_grad(|| denoiser.velocity(model.module(), &noisy, &sigmas, &conditions)).unwrap();
     let mut tensors: Vec<(String, Tensor)> = conditions.into_iter().collect();
     tensors.extend([("noisy".into(), noisy), ("sigmas".into(), sigmas), ("velocity".into(), velocity)]);
@@ -190,7 +192,7 @@ fn latents_are_those_of_diffusers_and_made_once() {
         let file = file.unwrap();
         std::fs::copy(file.path(), folder.join(file.file_name())).unwrap();
     }
-    let made = latents::of_images(&folder, &vae, &cache).unwrap();
+    let made = latents::of_images(&folder, &vae, &cache, Device::Cpu).unwrap();
     let expected = read(dir.join("images.vae.safetensors"));
     assert!(made.by_name.keys().eq(expected.keys()));
     for (name, latents) in &made.by_name {
@@ -199,28 +201,28 @@ fn latents_are_those_of_diffusers_and_made_once() {
 
     let first = cached(&cache);
     assert_eq!(first.len(), 1);
-    let again = latents::of_images(&folder, &vae, &cache).unwrap();
+    let again = latents::of_images(&folder, &vae, &cache, Device::Cpu).unwrap();
     assert_eq!((cached(&cache), again.key), (first.clone(), made.key.clone()));
     assert_same("a", &again.by_name["a"], &made.by_name["a"]);
 
     // Another image of the same name; then one more.
     std::fs::copy(folder.join("b.png"), folder.join("a.png")).unwrap();
-    let changed = latents::of_images(&folder, &vae, &cache).unwrap();
+    let changed = latents::of_images(&folder, &vae, &cache, Device::Cpu).unwrap();
     assert_differs("a", &changed.by_name["a"], &made.by_name["a"], 1e-2);
     assert_same("b", &changed.by_name["b"], &made.by_name["b"]);
     std::fs::copy(folder.join("b.png"), folder.join("g.png")).unwrap();
-    assert_eq!(latents::of_images(&folder, &vae, &cache).unwrap().by_name.len(), 7);
+    assert_eq!(latents::of_images(&folder, &vae, &cache, Device::Cpu).unwrap().by_name.len(), 7);
     assert_eq!(cached(&cache).len(), 3);
 
     // Whatever else lies in the folder; JPEG decoders differ in the last digit.
-    let mixed = latents::of_images(&dir.join("mixed"), &vae, &cache).unwrap().by_name;
+    let mixed = latents::of_images(&dir.join("mixed"), &vae, &cache, Device::Cpu).unwrap().by_name;
     let expected = read(dir.join("mixed.vae.safetensors"));
     assert!(mixed.keys().eq(["layer", "photo"]));
     assert_close("layer", &mixed["layer"], &expected["layer"], 1e-5);
     assert_close("photo", &mixed["photo"], &expected["photo"], 2e-2);
 
     // Sana's VAE, which has no distribution.
-    let other = latents::of_images(&dir.join("images"), &dir.join("dc-vae"), &cache).unwrap().by_name;
+    let other = latents::of_images(&dir.join("images"), &dir.join("dc-vae"), &cache, Device::Cpu).unwrap().by_name;
     let expected = read(dir.join("images.dc-vae.safetensors"));
     assert!(other.keys().eq(expected.keys()));
     for (name, latents) in &other {
@@ -232,7 +234,7 @@ fn latents_are_those_of_diffusers_and_made_once() {
     assert!(error.contains("two images are called g"), "{error}");
     std::fs::write(folder.join("g.jpg"), "no image").unwrap();
     std::fs::remove_file(folder.join("g.png")).unwrap();
-    let error = latents::of_images(&folder, &vae, &cache).err().unwrap().to_string();
+    let error = latents::of_images(&folder, &vae, &cache, Device::Cpu).err().unwrap().to_string();
     assert!(error.contains("g.jpg"), "{error}");
 }
 
@@ -255,6 +257,13 @@ fn inputs_that_do_not_fit_are_refused() {
     file("wide", &[ones("encoder_hidden_states", &[5, 25]), pooled()]);
     file("large", &[ones("x", &[4, 8, 10]), ones("y", &[4, 8, 10])]);
 
+    // A trace that keeps the dtype that it was made in.
+    std::fs::create_dir_all(dir.join("bound")).unwrap();
+    let record = std::fs::read_to_string(dir.join("sd3/export.json")).unwrap();
+    let bound = record.replace("\"portable\": true", "\"portable\": false");
+    assert_ne!(bound, record);
+    std::fs::write(dir.join("bound/export.json"), bound).unwrap();
+
     let latents = "--latents @images.vae.safetensors";
     for (more, word) in [
         (format!("{latents} --embeds @one.safetensors"), "neither a.pooled_projections nor pooled_projections"),
@@ -264,7 +273,8 @@ fn inputs_that_do_not_fit_are_refused() {
         (format!("{latents} --images @images --unconditional"), "either --latents, or --images"),
         ("--images @images --unconditional".into(), "--vae is missing"),
         (format!("{latents} --unconditional --frames 2"), "no option --frames"),
-        (format!("{latents} --unconditional --device cuda"), "exported on Cpu"),
+        (format!("{latents} --unconditional --dtype f16"), "expected f32 or bf16"),
+        (format!("{latents} --unconditional --model @bound --dtype bf16"), "it runs on cpu only"),
     ] {
         let error = program::refused(with(&more));
         assert!(error.contains(word), "{more}: {error}");

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use common::{assert_close, assert_differs, device, peer, python, read, relative_error, rng};
 use serde_json::Value;
 use tch::{Kind, Tensor};
-use tch_peft::{Base, LoraConfig, LoraModel, QuantConfig, TorchScript};
+use tch_peft::{Base, Error, LoraConfig, LoraModel, QuantConfig, TorchScript};
 
 const ITERATIONS: usize = 6;
 
@@ -34,9 +34,8 @@ impl Run {
     fn all(dir: &Path) -> Vec<Run> {
         let list: Vec<Value> = serde_json::from_slice(&std::fs::read(dir.join("runs.json")).unwrap()).unwrap();
         let run = |fields: Value| {
-            let suffix = if fields["kind"] == "bf16" { "-bf16" } else { "" };
-            let export = dir.join(format!("{}{suffix}", fields["model"].as_str().unwrap()));
-            Run { folder: dir.join(fields["name"].as_str().unwrap()), export, fields }
+            let folder = |key: &str| dir.join(fields[key].as_str().unwrap());
+            Run { folder: folder("name"), export: folder("model"), fields }
         };
         list.into_iter().map(run).collect()
     }
@@ -46,7 +45,11 @@ impl Run {
     }
 
     fn base(&self) -> Base<TorchScript> {
-        let base = Base::torchscript_on_device(self.export.join("model.pt"), device()).unwrap();
+        let module = self.export.join("model.pt");
+        if self.text("kind") == "bf16" {
+            return Base::torchscript_to(module, device(), Kind::BFloat16).unwrap();
+        }
+        let base = Base::torchscript_on_device(module, device()).unwrap();
         if self.text("kind") != "nf4" {
             return base;
         }
@@ -139,7 +142,7 @@ fn every_model_trains_as_in_peft_and_exchanges_adapters() {
 #[test]
 fn every_export_is_what_its_record_says() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
-    for run in Run::all(dir) {
+    for run in Run::all(dir).into_iter().filter(|run| run.text("kind") == "dense") {
         let record: Value = serde_json::from_slice(&std::fs::read(run.export.join("export.json")).unwrap()).unwrap();
         let name = run.text("name");
         let mut model = LoraModel::init_lora(
@@ -162,6 +165,49 @@ fn every_export_is_what_its_record_says() {
         let free: &[&str] = if run.text("model") == "vit-tiny" { &["batch"] } else { &["batch", "length"] };
         assert_eq!(record["free"], Value::from(free.to_vec()), "{name}");
     }
+}
+
+/// What PyTorch's module answers in that dtype, from one file. A constant that were left in another
+/// dtype would show in f64, or be refused.
+#[test]
+fn every_export_runs_in_every_dtype() {
+    if python().is_none() {
+        return;
+    }
+    let _rng = rng();
+    tch::set_num_threads(1);
+    let dir = common::fresh_dir("torchscript_dtypes");
+    peer("models_reference.py", &["dtypes".as_ref(), dir.as_os_str()]);
+    let mut models = 0;
+    for folder in std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()) {
+        let Ok(answers) = Tensor::read_safetensors(folder.join("answers.safetensors")) else { continue };
+        let answers: BTreeMap<String, Tensor> = answers.into_iter().collect();
+        let record: Value = serde_json::from_slice(&std::fs::read(folder.join("export.json")).unwrap()).unwrap();
+        for (dtype, kind, tolerance) in [
+            ("float32", Kind::Float, 1e-6),
+            ("float64", Kind::Double, 1e-13),
+            ("float16", Kind::Half, 2e-3),
+            ("bfloat16", Kind::BFloat16, 1e-2),
+        ] {
+            let base = Base::torchscript_to(folder.join("model.pt"), device(), kind).unwrap();
+            let mut model =
+                LoraModel::wrap(base, LoraConfig::builder().target_modules("all-linear").build().unwrap()).unwrap();
+            model.eval().unwrap();
+            let inputs = record["inputs"].as_array().unwrap().iter();
+            let inputs: Vec<_> = inputs
+                .map(|input| &answers[&format!("torch.{dtype}.in.{}", input["name"].as_str().unwrap())])
+                .collect();
+            let output = tch::no_grad(|| model.module().forward_ts(&inputs).unwrap());
+            let expected = &answers[&format!("torch.{dtype}.output")];
+            let what = format!("{}: {dtype}", folder.display());
+            assert_eq!(output.kind(), expected.kind(), "{what}");
+            assert_close(&what, &output, expected, tolerance);
+        }
+        models += 1;
+    }
+    assert_eq!(models, 12);
+    let bound = dir.join("bound/model.pt");
+    assert!(matches!(Base::torchscript_to(bound, device(), Kind::Int64), Err(Error::Config { .. })));
 }
 
 /// Folders of `transformers` and `diffusers` through the command line.

@@ -2,10 +2,13 @@
 
 use super::Result;
 use super::flow::{Flow, Spread};
+use super::record::Place;
 use super::training::args::{Options, given};
+use super::training::options::dtype;
 use lexopt::prelude::*;
 use std::ffi::OsString;
 use std::path::PathBuf;
+use tch::Device;
 use tch_peft::QuantConfig;
 
 pub const HELP: &str = "\
@@ -33,10 +36,11 @@ Usage: finetune_diffusion --model DIR --images DIR --vae DIR --embeds FILE --out
   --sigmas NAME       How noise levels are spread: logit-normal, uniform (logit-normal)
   --shift X           Shifts them to more noise, as SimpleTuner's flow_schedule_shift (3)
   --guidance X        Of models that take it as an input (1)
+  --dtype NAME        f32 or bf16: of activations, and of weights that aren't packed
 
 By default the scheme is int8, and the targets are SimpleTuner's: to_k, to_q, to_v
-and to_out.0. Norms and embeddings, the first and the last layer stay dense. A
-module runs on the device that it was exported on, in the dtype of its export.
+and to_out.0. Norms and embeddings, the first and the last layer stay dense. The
+device is cuda where there is one, and the dtype that of the export.
 ";
 
 /// What the program is asked to do.
@@ -48,6 +52,7 @@ pub struct Args {
     pub init_lora: Option<PathBuf>,
     pub flow: Flow,
     pub guidance: f64,
+    pub place: Place,
     pub options: Options,
 }
 
@@ -62,6 +67,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
     let (mut model, mut images, mut vae) = (PathBuf::new(), PathBuf::new(), PathBuf::new());
     let (mut cache, mut latents, mut embeds, mut init_lora) = (None, None, None, None);
     let (mut unconditional, mut held_out, mut guidance) = (false, 0, 1.0);
+    let mut kind = None;
     let mut flow = Flow { spread: Spread::LogitNormal, shift: 3.0 };
     let mut options = Options::new(QuantConfig::int8(), "to_k,to_q,to_v,to_out.0");
     let mut parser = lexopt::Parser::from_args(arguments);
@@ -80,6 +86,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
             Long("sigmas") => flow.spread = parser.value()?.parse_with(spread)?,
             Long("shift") => flow.shift = parser.value()?.parse()?,
             Long("guidance") => guidance = parser.value()?.parse()?,
+            Long("dtype") => kind = Some(parser.value()?.parse_with(dtype)?),
             Long(name) => {
                 let name = name.to_string();
                 options.take(&name, &mut parser)?;
@@ -106,7 +113,8 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
             Source::Images { images, vae, cache: cache.unwrap_or_else(|| options.out.clone()) }
         }
     };
-    Ok(Some(Args { model, source, embeds, held_out, init_lora, flow, guidance, options }))
+    let place = Place { device: options.device.unwrap_or_else(Device::cuda_if_available), kind };
+    Ok(Some(Args { model, source, embeds, held_out, init_lora, flow, guidance, place, options }))
 }
 
 fn spread(name: &str) -> Result<Spread, &'static str> {

@@ -5,7 +5,7 @@ use super::denoiser::Denoiser;
 use super::record::Input;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// For each image the model's conditions by their inputs' names, from a file,
 /// or all zeros. None of them has a batch dimension.
@@ -16,10 +16,10 @@ pub fn read<'a>(
 ) -> Result<Vec<BTreeMap<String, Tensor>>> {
     let Some(path) = file else {
         let zeros = |input: &Input| {
-            let zeros = Tensor::zeros(&input.shape[1..], (input.kind()?, Device::Cpu));
-            Ok((input.name.clone(), zeros))
+            let zeros = Tensor::zeros(&input.shape[1..], (Kind::Float, Device::Cpu));
+            (input.name.clone(), zeros)
         };
-        let zeros = denoiser.conditions().map(zeros).collect::<Result<BTreeMap<_, _>>>()?;
+        let zeros: BTreeMap<_, _> = denoiser.conditions().map(zeros).collect();
         let copy = |_| zeros.iter().map(|(name, zeros)| (name.clone(), zeros.shallow_clone())).collect();
         return Ok(images.into_iter().map(copy).collect());
     };

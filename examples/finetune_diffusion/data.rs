@@ -17,7 +17,7 @@ pub struct Example {
 /// The examples, and a hash of them.
 pub fn read(args: &Args, denoiser: &Denoiser) -> Result<(Vec<Example>, String)> {
     let latents = match &args.source {
-        Source::Images { images, vae, cache } => latents::of_images(images, vae, cache)?,
+        Source::Images { images, vae, cache } => latents::of_images(images, vae, cache, args.place.device)?,
         Source::File(path) => latents::of_file(path)?,
     };
     let mut key = latents.key;

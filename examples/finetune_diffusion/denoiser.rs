@@ -1,7 +1,7 @@
 //! What an exported transformer takes and answers.
 
 use super::Result;
-use super::record::{Input, Record};
+use super::record::{Input, Place, Record};
 use std::collections::BTreeMap;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
@@ -18,17 +18,12 @@ pub struct Denoiser {
 
 impl Denoiser {
     /// Of an exported module's folder.
-    pub fn read(folder: &Path, guidance: f64) -> Result<Self> {
-        let record = Record::read(folder)?;
+    pub fn read(folder: &Path, guidance: f64, place: Place) -> Result<Self> {
+        let record = Record::read(folder, place)?;
         match ["hidden_states", "timestep"].iter().find(|name| record.input(name).is_none()) {
             Some(name) => Err(format!("{}: no input {name}; is it a transformer?", folder.display()).into()),
             None => Ok(Denoiser { record, guidance }),
         }
-    }
-
-    /// Where it runs.
-    pub fn device(&self) -> Result<Device> {
-        self.record.device()
     }
 
     /// The inputs that depend on the prompt.
@@ -83,7 +78,7 @@ impl Denoiser {
         sigmas: &Tensor,
         conditions: &BTreeMap<String, Tensor>,
     ) -> Result<Tensor> {
-        let (kind, sizes) = (input.kind()?, noisy.size());
+        let (kind, sizes) = (self.record.kind(input)?, noisy.size());
         Ok(match input.name.as_str() {
             "hidden_states" if input.shape.len() == 3 => pack(noisy).to_kind(kind),
             "hidden_states" => noisy.to_kind(kind),

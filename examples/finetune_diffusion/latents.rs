@@ -2,7 +2,7 @@
 
 use super::Result;
 use super::images::{self, Image};
-use super::record::Record;
+use super::record::{Place, Record};
 use super::training::show;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,8 +18,8 @@ pub struct Latents {
 
 /// Those of the images, out of the cache if it has them. Other images, a
 /// changed one, or another VAE have another key, and so a file of their own.
-pub fn of_images(folder: &Path, vae: &Path, cache: &Path) -> Result<Latents> {
-    let record = Record::read(vae)?;
+pub fn of_images(folder: &Path, vae: &Path, cache: &Path, device: Device) -> Result<Latents> {
+    let record = Record::read(vae, Place { device, kind: None })?;
     let [_, 3, height, width] = record.inputs[0].shape[..] else {
         return Err(format!("{}: expected a VAE that takes (batch, 3, height, width)", vae.display()).into());
     };
@@ -27,8 +27,8 @@ pub fn of_images(folder: &Path, vae: &Path, cache: &Path) -> Result<Latents> {
     let key = key(&images, &vae.join("model.pt"))?;
     let path = cache.join(format!("latents-{}.safetensors", &key[..16]));
     if !path.exists() {
-        let module = CModule::load_on_device(vae.join("model.pt"), record.device()?)?;
-        let latents = encode(&images, [height, width], module, (record.inputs[0].kind()?, record.device()?))?;
+        let module = CModule::load_on_device(vae.join("model.pt"), device)?;
+        let latents = encode(&images, [height, width], module, (record.kind(&record.inputs[0])?, device))?;
         std::fs::create_dir_all(cache)?;
         write(&path, &latents)?;
     }

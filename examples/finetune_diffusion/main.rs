@@ -28,7 +28,7 @@ pub(crate) mod denoiser;
 pub(crate) mod flow;
 pub(crate) mod images;
 pub(crate) mod latents;
-mod record;
+pub(crate) mod record;
 mod train;
 
 #[path = "../training/mod.rs"]

@@ -1,7 +1,6 @@
 //! What python/export.py writes beside a module.
 
 use super::Result;
-use super::training::options::device;
 use serde::Deserialize;
 use std::path::Path;
 use tch::{Device, Kind};
@@ -14,6 +13,17 @@ pub struct Record {
     /// `batch` and `length`, where a trace doesn't hold them fast.
     pub free: Vec<String>,
     device: String,
+    /// Whether it runs elsewhere than on `device`, and in other dtypes.
+    portable: bool,
+    #[serde(skip)]
+    kind: Option<Kind>,
+}
+
+/// Where a module is to run, and in which dtype if not that of its export.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    pub device: Device,
+    pub kind: Option<Kind>,
 }
 
 /// An input, as it was when the module was traced.
@@ -25,37 +35,38 @@ pub struct Input {
 }
 
 impl Record {
-    /// Of an exported module's folder.
-    pub fn read(folder: &Path) -> Result<Self> {
+    /// Of an exported module's folder; refuses a place where it can't run.
+    pub fn read(folder: &Path, place: Place) -> Result<Self> {
         let path = folder.join("export.json");
         let at = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
         let text = std::fs::read_to_string(&path).map_err(|error| at(&error))?;
-        let record: Record = serde_json::from_str(&text).map_err(|error| at(&error))?;
-        match record.free.iter().any(|size| size == "batch") {
-            true => Ok(record),
-            false => Err(at(&"expected a module that takes any batch size").into()),
+        let mut record: Record = serde_json::from_str(&text).map_err(|error| at(&error))?;
+        if !record.free.iter().any(|size| size == "batch") {
+            return Err(at(&"expected a module that takes any batch size").into());
         }
-    }
-
-    /// Where it was traced: constants that the model made on the way are there.
-    pub fn device(&self) -> Result<Device> {
-        let name = self.device.split(':').next().unwrap_or_default();
-        Ok(device(name).map_err(|error| format!("exported on {}; {error}", self.device))?)
+        let is_there = matches!(place.device, Device::Cpu) == (record.device == "cpu");
+        if !record.portable && (place.kind.is_some() || !is_there) {
+            let message =
+                format!("it runs on {} only, in the dtype of its export; export it as it is to run", record.device);
+            return Err(at(&message).into());
+        }
+        record.kind = place.kind;
+        Ok(record)
     }
 
     pub fn input(&self, name: &str) -> Option<&Input> {
         self.inputs.iter().find(|input| input.name == name)
     }
-}
 
-impl Input {
-    pub fn kind(&self) -> Result<Kind> {
-        Ok(match self.dtype.as_str() {
-            "torch.float32" => Kind::Float,
-            "torch.bfloat16" => Kind::BFloat16,
-            "torch.float16" => Kind::Half,
-            "torch.int64" => Kind::Int64,
-            other => return Err(format!("{}: {other} is no dtype of an exported input", self.name).into()),
+    /// The dtype of an input: floats have the module's.
+    pub fn kind(&self, input: &Input) -> Result<Kind> {
+        Ok(match (input.dtype.as_str(), self.kind) {
+            ("torch.int64", _) => Kind::Int64,
+            ("torch.float32" | "torch.bfloat16" | "torch.float16", Some(kind)) => kind,
+            ("torch.float32", None) => Kind::Float,
+            ("torch.bfloat16", None) => Kind::BFloat16,
+            ("torch.float16", None) => Kind::Half,
+            (other, _) => return Err(format!("{}: {other} is no dtype of an exported input", input.name).into()),
         })
     }
 }

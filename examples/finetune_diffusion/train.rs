@@ -5,13 +5,13 @@ use super::args::Args;
 use super::data::{self, Batch, Example};
 use super::denoiser::Denoiser;
 use super::flow::{self, Flow};
+use super::record::Place;
 use super::training::log::Log;
 use super::training::metrics::Row;
 use super::training::{Outcome, show, stop_on_ctrl_c};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
-use tch::Device;
 use tch_peft::{
     AdamW, AdapterFile, AdapterFormat, Base, Generator, LoraModel, Optimizer, Parts, Run, Sampler, TorchScript,
     clip_grad_norm,
@@ -37,16 +37,13 @@ struct Task {
 pub fn train(args: &Args) -> Result<Outcome> {
     let stop = stop_on_ctrl_c()?;
     let options = &args.options;
-    let denoiser = Denoiser::read(&args.model, args.guidance)?;
-    let device = denoiser.device()?;
-    if options.device.is_some_and(|given| given != device) {
-        return Err(format!("--device: the model was exported on {device:?}; export it with another --device").into());
-    }
+    let device = args.place.device;
+    let denoiser = Denoiser::read(&args.model, args.guidance, args.place)?;
     let (mut examples, data) = data::read(args, &denoiser)?;
     let held_out = examples.split_off(examples.len().saturating_sub(args.held_out));
     println!("{} images to learn from, {} held out", examples.len(), held_out.len());
 
-    let base = load(args, device)?;
+    let base = load(args)?;
     tch::manual_seed(options.seed as i64);
     let mut model = match &args.init_lora {
         Some(file) => LoraModel::init_lora(base, file)?,
@@ -105,8 +102,12 @@ pub fn train(args: &Args) -> Result<Outcome> {
 }
 
 /// The base, packed.
-fn load(args: &Args, device: Device) -> Result<Base<TorchScript>> {
-    let base = Base::torchscript_on_device(args.model.join("model.pt"), device)?;
+fn load(args: &Args) -> Result<Base<TorchScript>> {
+    let (module, Place { device, kind }) = (args.model.join("model.pt"), args.place);
+    let base = match kind {
+        Some(kind) => Base::torchscript_to(module, device, kind)?,
+        None => Base::torchscript_on_device(module, device)?,
+    };
     let Some(scheme) = args.options.quantize.clone() else { return Ok(base) };
     let dense = base.layer_names().into_iter().filter(|module| DENSE.iter().any(|part| module.contains(part)));
     let config = scheme.skip(dense).build()?;
@@ -121,7 +122,7 @@ fn evaluate(model: &mut LoraModel<TorchScript>, denoiser: &Denoiser, examples: &
     for _ in 0..DRAWS {
         for examples in examples.chunks(args.options.batch) {
             let _no_grad = tch::no_grad_guard();
-            let batch = Batch::new(examples, denoiser.device()?)?;
+            let batch = Batch::new(examples, args.place.device)?;
             let draw = args.flow.draw(&mut generator, &batch.latents)?;
             sum += f64::try_from(flow::loss(model, denoiser, &batch, &draw)?)? * batch.len() as f64;
         }

@@ -30,7 +30,8 @@ pub fn dtype(name: &str) -> Result<Kind, &'static str> {
 pub fn device(name: &str) -> Result<Device, &'static str> {
     match name {
         "cpu" => Ok(Device::Cpu),
-        "cuda" => Ok(Device::Cuda(0)),
+        "cuda" if tch::Cuda::is_available() => Ok(Device::Cuda(0)),
+        "cuda" => Err("libtorch sees no GPU; see `tch_peft::cuda_status`"),
         _ => Err("expected cpu or cuda"),
     }
 }

@@ -23,7 +23,7 @@ use crate::names::suffix_matches;
 use crate::quant::QuantConfig;
 use std::path::Path;
 use std::sync::OnceLock;
-use tch::{Device, nn};
+use tch::{Device, Kind, nn};
 
 /// A frozen base model: a module, unchanged, and the weights it runs on.
 ///
@@ -441,8 +441,37 @@ impl Base<TorchScript> {
     /// # Errors
     /// As [`Base::torchscript`].
     pub fn torchscript_on_device(path: impl AsRef<Path>, device: Device) -> Result<Self> {
-        let module = TorchScript::load(path.as_ref(), device)?;
-        let weights = module.weights(path.as_ref())?;
+        Self::load_torchscript(path.as_ref(), device, None)
+    }
+
+    /// As [`Base::torchscript`], on a device, with all parameters and buffers of
+    /// floats cast to a dtype, as `module.to(device, dtype)` does in PyTorch.
+    ///
+    /// What `python/export.py` writes follows both. A plain trace may have made
+    /// constants of its own device and dtype.
+    ///
+    /// ```no_run
+    /// use tch::{Device, Kind};
+    /// use tch_peft::Base;
+    ///
+    /// let device = Device::cuda_if_available();
+    /// let base = Base::torchscript_to("exported/gpt2/model.pt", device, Kind::BFloat16)?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Base::torchscript`]; [`Error::Config`](crate::Error::Config) for a
+    /// dtype other than `Float`, `Double`, `Half` and `BFloat16`.
+    pub fn torchscript_to(path: impl AsRef<Path>, device: Device, kind: Kind) -> Result<Self> {
+        if !matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
+            return Err(Error::config("kind", "Float, Double, Half or BFloat16", format!("{kind:?}")));
+        }
+        Self::load_torchscript(path.as_ref(), device, Some(kind))
+    }
+
+    fn load_torchscript(path: &Path, device: Device, kind: Option<Kind>) -> Result<Self> {
+        let module = TorchScript::load(path, device, kind)?;
+        let weights = module.weights(path)?;
         Ok(Base::from_parts(module, weights))
     }
 }

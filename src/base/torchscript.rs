@@ -6,7 +6,7 @@ use crate::ffi::runtime::{self, ModuleType, PlainGraphs};
 use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::path::Path;
-use tch::{CModule, Device, IValue, Tensor};
+use tch::{CModule, Device, IValue, Kind, Tensor};
 
 /// A module exported from PyTorch.
 ///
@@ -31,26 +31,44 @@ pub struct TorchScript {
 }
 
 impl TorchScript {
-    pub(super) fn load(path: &Path, device: Device) -> Result<Self> {
+    pub(super) fn load(path: &Path, device: Device, kind: Option<Kind>) -> Result<Self> {
         if !path.is_file() {
             let missing = std::io::Error::new(std::io::ErrorKind::NotFound, "no such file");
             return Err(Error::Io { path: path.into(), source: missing });
         }
-        let module = CModule::load_on_device(path, device)?;
-        Ok(TorchScript { module })
+        let script = TorchScript { module: CModule::load_on_device(path, device)? };
+        if let Some(kind) = kind {
+            script.cast(kind)?;
+        }
+        Ok(script)
+    }
+
+    /// Casts the parameters and buffers of floats, and no others.
+    fn cast(&self, kind: Kind) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        for (_, mut tensor) in self.tensors()? {
+            if tensor.is_floating_point() && tensor.f_kind()? != kind {
+                let cast = tensor.f_to_kind(kind)?;
+                tensor.f_set_data(&cast)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// (name, tensor) of each parameter and buffer.
+    fn tensors(&self) -> Result<impl Iterator<Item = (String, Tensor)>> {
+        Ok(self.module.named_parameters()?.into_iter().chain(runtime::module_buffers(&self.module)?))
     }
 
     /// The parameters and buffers; the classes of the modules tell what each
     /// weight is for.
     pub(super) fn weights(&self, path: &Path) -> Result<Weights> {
-        let parameters = self.module.named_parameters()?;
-        if parameters.is_empty() {
+        if self.module.named_parameters()?.is_empty() {
             return Err(Error::NoParameters { path: path.into() });
         }
         let modules: HashMap<String, ModuleType> =
             runtime::module_types(&self.module)?.into_iter().map(|found| (found.path.clone(), found)).collect();
-        let buffers = runtime::module_buffers(&self.module)?;
-        Ok(Weights::new(parameters.into_iter().chain(buffers), |path, dims| {
+        Ok(Weights::new(self.tensors()?, |path, dims| {
             modules.get(path).map_or(WeightRole::Other, |module| role_by_class(module, dims))
         }))
     }

@@ -134,8 +134,9 @@ def make_embeds(out: Path) -> None:
     for path in (out / "images").glob("*.txt"):
         with torch.no_grad():
             states, _, pooled, _ = pipeline.encode_prompt(path.read_text().strip(), None, None, max_sequence_length=4)
-        assert torch.equal(found[f"{path.stem}.encoder_hidden_states"], states[0]), path
-        assert torch.equal(found[f"{path.stem}.pooled_projections"], pooled[0]), path
+        # Some processors' sums depend on where in memory the weights lie.
+        torch.testing.assert_close(found[f"{path.stem}.encoder_hidden_states"], states[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[f"{path.stem}.pooled_projections"], pooled[0], rtol=1e-5, atol=1e-5)
     assert not torch.equal(found["a.pooled_projections"], found["b.pooled_projections"])
     missing = subprocess.run([sys.executable, script, *given[:1], f"--images={out / 'mixed'}", given[2]], stderr=-1)
     assert missing.returncode and b"no layer.txt" in missing.stderr, missing.stderr
@@ -144,8 +145,6 @@ def make_embeds(out: Path) -> None:
 def make(out: Path) -> None:
     for family in FAMILIES:
         export.export(f"{family}-tiny", out / family, length=12)
-        if family == "sd3":
-            export.export(f"{family}-tiny", out / f"{family}-bf16", length=12, dtype=torch.bfloat16)
         model = transformer(family)
         model.add_adapter(LoraConfig(r=4, lora_alpha=10, target_modules=TARGETS))
         randomise(model, seed=3, std=0.2)

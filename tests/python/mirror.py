@@ -10,6 +10,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 import export  # noqa: E402
+import portable  # noqa: E402
 
 VOCABULARY, WIDTH, HIDDEN, LAYERS = 23, 16, 24, 2
 

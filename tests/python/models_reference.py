@@ -1,17 +1,20 @@
 """PEFT's side of torchscript_models.rs: tiny models of `transformers` and `diffusers`.
 
 models_reference.py make DIR     for each model and run,
-    DIR/<model>/                         the export (python/export.py); DIR/<model>-bf16/ the same in bf16
+    DIR/<model>/                         the export (python/export.py)
     DIR/<run>/start/, DIR/<run>/trained/ the adapter before and after training
     DIR/<run>/record.safetensors         inputs, outputs and gradients of the first six iterations
     and DIR/runs.json
 models_reference.py check DIR    loads every DIR/<run>/ours into PEFT, and into diffusers where it is of a diffusers
                                  model, and compares outputs
+models_reference.py dtypes DIR   exports every tiny model into DIR/<model>; DIR/<model>/answers.safetensors has what the
+                                 model answers in each dtype, DIR/bound a model that can't leave its dtype
 models_reference.py folders DIR  saves models with their libraries, and exports each by the command line of
                                  python/export.py into DIR/<model>
 """
 
 import copy
+import dataclasses
 import json
 import sys
 import warnings
@@ -20,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from layers_reference import quantised
-from mirror import adapters, export, randomise, snapshot
+from mirror import adapters, export, portable, randomise, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -106,14 +109,59 @@ def iterate(model: nn.Module, given: dict, step: int) -> tuple[torch.Tensor, tor
     return output, label
 
 
-def export_of(name: str, kind: str, out: Path) -> export.Export:
-    suffix, dtype = ("-bf16", torch.bfloat16) if kind == "bf16" else ("", torch.float32)
-    return export.export(name, out / f"{name}{suffix}", dtype=dtype)
-
-
 def make(out: Path) -> None:
-    runs = [record(export_of(name, kind, out), name, kind, out) for name in MODELS for kind in ("dense", "nf4", "bf16")]
+    runs = []
+    for name in MODELS:
+        made = export.export(name, out / name)
+        for kind in ("dense", "nf4", "bf16"):
+            if kind == "bf16":
+                made.module.bfloat16()
+            runs.append(record(made, name, kind, out))
     (out / "runs.json").write_text(json.dumps(runs))
+
+
+class Bound(nn.Module):
+    """Another function in bf16 than otherwise: no trace is both."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) * (2 if x.dtype == torch.bfloat16 else 3)
+
+
+def dtypes(out: Path) -> None:
+    for name in export.MODELS:
+        made, kept = export.export(name, out / name), {}
+        assert json.loads((out / name / "export.json").read_text())["portable"], name
+        on_another_device(made, torch.jit.load(out / name / "model.pt"), name)
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            # Anew: what was lost in one dtype is missing in the next.
+            given = dataclasses.replace(made, module=export.build(name).module.to(dtype).eval())
+            inputs = given.inputs(3, 5)
+            with torch.no_grad():
+                output = given.module(*inputs.values())
+            kept |= snapshot(f"{dtype}.in.", inputs) | {f"{dtype}.output": output}
+        save_file(snapshot("", kept), out / name / "answers.safetensors")
+    bound = export.Export(Bound(), "trace", [export.Input("x", "normal", ("batch", 4))], {})
+    export.export(bound, out / "bound")
+    assert not json.loads((out / "bound" / "export.json").read_text())["portable"]
+
+
+def on_another_device(made: export.Export, scripted: torch.jit.ScriptModule, name: str) -> None:
+    """The module on torch's device without data, which refuses tensors of the CPU; it has no convolutions."""
+    graph = scripted.inlined_graph
+    nodes = list(portable.every_node(graph))
+    devices = [node for node in nodes if "Device" in str(node) and node.kind() == "prim::Constant"]
+    assert not devices, f"{name}: {devices}"
+    if any(node.kind() == "aten::_convolution" for node in nodes):
+        return
+    for module in scripted.modules():
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            module._c.setattr(key, tensor.detach().to("meta"))
+    output = scripted(*[tensor.to("meta") for tensor in made.inputs(3, 5).values()])
+    assert output.device.type == "meta", name
 
 
 def check(out: Path) -> None:
@@ -174,4 +222,4 @@ def in_diffusers(model: nn.Module, folder: Path) -> nn.Module:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    {"make": make, "check": check, "folders": folders}[sys.argv[1]](Path(sys.argv[2]))
+    {"make": make, "check": check, "dtypes": dtypes, "folders": folders}[sys.argv[1]](Path(sys.argv[2]))
