@@ -193,7 +193,7 @@ fn pass(x: &Tensor, g: Option<&Tensor>, forward: impl Fn(&Tensor) -> Result<Tens
 
 /// An adapted layer beside its peers.
 fn layers(device: Device, sizes: &Sizes, limits: &Limits, peer: &mut Option<Peer>) -> Result<Vec<String>, Failure> {
-    let mut lines = Vec::new();
+    let (mut lines, with_peers) = (Vec::new(), peer.is_some());
     for &(out, inn) in sizes.layers {
         let ours = OURS.iter().map(|(name, scheme)| Ok((*name, adapted(device, out, inn, *scheme)?)));
         let ours = ours.collect::<Result<Vec<_>, Failure>>()?;
@@ -203,7 +203,7 @@ fn layers(device: Device, sizes: &Sizes, limits: &Limits, peer: &mut Option<Peer
             let x = normal([n, inn], device).set_requires_grad(true);
             let g = normal([n, out], device);
             let mut able = Vec::new();
-            for name in PEERS.iter().chain([&PACKED]).filter(|_| peer.is_some()) {
+            for name in PEERS.iter().chain([&PACKED]).filter(|_| with_peers) {
                 let request = json!({"make": name, "out": out, "in": inn, "rows": n, "rank": RANK});
                 match ask(peer, request)? {
                     answer if answer["ok"] == true => able.push(name.to_string()),
@@ -239,7 +239,7 @@ fn layers(device: Device, sizes: &Sizes, limits: &Limits, peer: &mut Option<Peer
                     lines.push(format!("layer,{name},{out},{inn},{n},{what},{:.5},{:.5}", time * 1e3, bound * 1e3));
                 }
             }
-            if peer.is_some() {
+            if with_peers {
                 ask(peer, json!({"drop": true}))?;
             }
         }
@@ -290,7 +290,8 @@ fn memory(device: Device, sizes: &Sizes, peer: &mut Option<Peer>, lines: &mut Ve
         println!("| {name} | {:.1} | {:.1} |", megabytes(peak), megabytes(needed));
         lines.push(format!("memory,{name},{width},{width},{n},step,{:.2},{:.2}", megabytes(peak), megabytes(needed)));
     }
-    for name in PEERS.iter().filter(|_| peer.is_some()) {
+    let with_peers = peer.is_some();
+    for name in PEERS.iter().filter(|_| with_peers) {
         let request = json!({"memory": name, "layers": count, "width": width, "rows": n, "rank": RANK});
         match ask(peer, request)? {
             answer if answer["ok"] == true => {

@@ -1,6 +1,7 @@
 // What tch doesn't bind: generator states, the fused AdamW step, autocast's
 // dtype, TorchScript's module tree; and loading CUDA.
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CachingDeviceAllocator.h>
@@ -66,6 +67,18 @@ char* tp_with_cpu_engine(void* context, void (*call)(void* context, uint32_t* wo
     engine.set_data(data);
     generator->set_engine(engine);
   });
+}
+
+// Answers what was set before.
+bool tp_set_deterministic(bool on) {
+  auto& context = at::globalContext();
+  bool before = context.deterministicAlgorithms();
+  context.setDeterministicAlgorithms(on, /*warn_only=*/false);
+  context.setDeterministicCuDNN(on);
+  if (on) context.setBenchmarkCuDNN(false);
+  // Every tile would be filled before it is unpacked.
+  context.setDeterministicFillUninitializedMemory(false);
+  return before;
 }
 
 char* tp_peak_memory(int device, int64_t* bytes) {

@@ -138,6 +138,7 @@ char* tp_onednn_linear(tp_tensor x, tp_tensor w, tp_tensor* out);
 char* tp_addmm(tp_tensor out, tp_tensor a, tp_tensor b, double beta, double alpha);
 
 const char* tp_cuda_status();
+bool tp_set_deterministic(bool on);
 char* tp_peak_memory(int device, int64_t* bytes);
 char* tp_reset_peak_memory(int device);
 }

@@ -17,6 +17,7 @@ unsafe extern "C" {
     fn tp_module_set_training(module: *mut c_void, on: bool) -> *mut c_char;
     fn tp_trim_heap();
     fn tp_cuda_status() -> *const c_char;
+    fn tp_set_deterministic(on: bool) -> bool;
     fn tp_peak_memory(device: i32, bytes: *mut i64) -> *mut c_char;
     fn tp_reset_peak_memory(device: i32) -> *mut c_char;
 }
@@ -173,4 +174,28 @@ fn cuda_index(device: Device) -> Result<i32> {
         Device::Cuda(_) => device_index(device),
         other => Err(Error::config("device", "a CUDA device, whose memory libtorch counts", format!("{other:?}"))),
     }
+}
+
+/// Lets libtorch take algorithms only that give the same bits each time, and
+/// refuse operators that have none: `torch.use_deterministic_algorithms`, with
+/// cuDNN's search for the fastest convolution off. Answers whether it was on.
+///
+/// It holds for the whole program. On CUDA, libtorch also wants
+/// `CUBLAS_WORKSPACE_CONFIG=:4096:8` in the environment, and refuses products
+/// without it.
+///
+/// ```
+/// use tch::{Device, Kind, Tensor};
+///
+/// let mut values = Tensor::zeros([3], (Kind::Float, Device::Cpu));
+/// // Which of two values stays isn't said: an operator without a fixed order.
+/// let (both, two) = (Tensor::from_slice(&[1i64, 1]), Tensor::from_slice(&[5f32, 6.0]));
+/// assert!(!tch_peft::set_deterministic(true));
+/// assert!(values.f_put_(&both, &two, false).is_err());
+/// assert!(tch_peft::set_deterministic(false));
+/// assert!(values.f_put_(&both, &two, false).is_ok());
+/// ```
+pub fn set_deterministic(on: bool) -> bool {
+    // SAFETY: sets plain values of libtorch's.
+    unsafe { tp_set_deterministic(on) }
 }
