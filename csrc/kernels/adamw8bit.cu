@@ -92,6 +92,7 @@ KERNEL(adamw8bit, Step, 256) {
     }
     __syncthreads();
     float scales[2];
+#pragma unroll
     for (int k = 0; k < 2; k++) {
       scales[k] = maxima[k][0];
       for (int w = 1; w < THREADS / 32; w++) scales[k] = larger(scales[k], maxima[k][w]);

@@ -134,13 +134,15 @@ struct GroupRows {
 KERNEL(pack_groups, GroupRows, 256) {
   __shared__ float parts[THREADS / 32];
   const float top = (float)((1 << (int)p.bits) - 1), infinity = __uint_as_float(0x7f800000);
+  // A group is no longer than a row.
+  const u32 size = (u32)p.size;
   for (i64 row = blockIdx.x; row < p.byte_rows; row += gridDim.x) {
-    u8* bytes = p.bytes + row * p.size;
+    u8* bytes = p.bytes + row * size;
     int bit = 0;
     for (i64 group = row; bit < 8 && group < p.groups; group += p.byte_rows, bit += (int)p.bits) {
-      const W* weight = p.weight + group * p.size;
+      const W* weight = p.weight + group * size;
       float high = -infinity, low = -infinity;
-      for (i64 i = threadIdx.x; i < p.size; i += THREADS) {
+      for (u32 i = threadIdx.x; i < size; i += THREADS) {
         high = larger(high, at(weight, i));
         low = larger(low, -at(weight, i));
       }
@@ -149,7 +151,7 @@ KERNEL(pack_groups, GroupRows, 256) {
       float shift = block_max(low, parts);
       float step = rounded<W>(rounded<W>(high + shift) / top);
       float divisor = step != 0.0f ? step : 1.0f;
-      for (i64 i = threadIdx.x; i < p.size; i += THREADS) {
+      for (u32 i = threadIdx.x; i < size; i += THREADS) {
         float q = rintf(rounded<W>(rounded<W>(at(weight, i) + shift) / divisor));
         u8 code = (u8)((u32)within(q, 0.0f, top) << bit);
         // Each thread comes back to its own bytes.
@@ -216,6 +218,7 @@ KERNEL(pack_codes, Flat, 256) {
     const float divisor = larger(absmax, tiny), factor = 1.0f / divisor;
     for (i64 i = 2 * lane; i < len; i += 64) {
       int pair[2];
+#pragma unroll
       for (int k = 0; k < 2; k++) {
         // An odd one out is paired with a zero.
         float v = i + k < len ? at(p.weight, start + i + k) : 0.0f;
@@ -252,6 +255,7 @@ __device__ __forceinline__ u32 nearest_e2m1(float v) {
   const float middles[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
   float magnitude = fabsf(v);
   u32 code = __float_as_uint(v) >> 31 << 3;
+#pragma unroll
   for (int i = 0; i < 7; i++) code += i % 2 ? magnitude >= middles[i] : magnitude > middles[i];
   return code;
 }
