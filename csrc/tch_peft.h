@@ -137,4 +137,6 @@ char* tp_onednn_linear(tp_tensor x, tp_tensor w, tp_tensor* out);
 char* tp_addmm(tp_tensor out, tp_tensor a, tp_tensor b, double beta, double alpha);
 
 const char* tp_cuda_status();
+const char* tp_libtorch_folder();
+char* tp_cuda_stream(int device, void** stream);
 }
