@@ -141,4 +141,6 @@ const char* tp_cuda_status();
 bool tp_set_deterministic(bool on);
 char* tp_peak_memory(int device, int64_t* bytes);
 char* tp_reset_peak_memory(int device);
+const char* tp_libtorch_folder();
+char* tp_cuda_stream(int device, void** stream);
 }

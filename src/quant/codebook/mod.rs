@@ -11,7 +11,8 @@ use super::{Meta, PackedWeight, Parts, Scheme, packing, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
 use blocks::{pack_nibbles, quantize_blocks};
-use code::{Code, FP4, NF4};
+use code::Code;
+pub(in crate::quant) use code::{FP4, NF4};
 use scales::Scales;
 use tch::{Kind, Tensor};
 

@@ -26,6 +26,16 @@ impl Code {
         Ok(Code { values: on(&values)?, midpoints: on(&midpoints)? })
     }
 
+    /// The table, f32 (256).
+    pub(super) fn values(&self) -> Tensor {
+        self.values.get()
+    }
+
+    /// Half-way between neighbours in the table, f32 (255).
+    pub(super) fn midpoints(&self) -> Tensor {
+        self.midpoints.get()
+    }
+
     /// The scales that stand for all zeros: one for each block, f32.
     pub(super) fn zero_scales(values: i64, device: Device) -> Result<Tensor> {
         Ok(Tensor::f_zeros([(values + BLOCK - 1) / BLOCK], (Kind::Float, device))?)
