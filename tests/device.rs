@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{assert_close, assert_same, device, fresh_dir, rng};
+use common::{assert_close, assert_same, device, fresh_dir, repeatable, rng};
 use tch::nn::{self, Module};
 use tch::{Device, Kind, Tensor};
 use tch_peft::{
@@ -167,6 +167,7 @@ fn a_step_is_that_of_the_cpu() {
 
 /// The adapter's values after the steps up to `end`, in a run that may have been begun on another device.
 fn train(folder: &std::path::Path, device: Device, dropout: f64, end: u64) -> Vec<(String, Tensor)> {
+    repeatable();
     let mut model = adapted(device, Some(Scheme::NF4), false, dropout);
     let mut optimizer = AdamW::builder().lr(1e-2).build(model.trainable_parameters()).unwrap();
     let (schedule, mut sampler) = (Schedule::constant(), Sampler::new(12, 3, 1).unwrap());

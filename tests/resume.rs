@@ -72,6 +72,7 @@ impl Trainer {
     }
 
     fn with(base: Base<Net>, config: impl Into<AdapterConfig>, run: Run) -> Self {
+        common::repeatable();
         tch::manual_seed(11);
         let model = LoraModel::wrap(base, config).unwrap();
         let optimizer =

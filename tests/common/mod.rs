@@ -88,6 +88,13 @@ pub fn device() -> Device {
     })
 }
 
+/// Lets a GPU give the same bits twice, for tests that compare them.
+pub fn repeatable() {
+    if device() != Device::Cpu {
+        tch_peft::set_deterministic(true);
+    }
+}
+
 /// An empty folder of this name for what a test binary makes; kept until its next run.
 pub fn fresh_dir(name: &str) -> PathBuf {
     let dir = scratch().join(name);

@@ -109,6 +109,7 @@ impl Toy {
     pub fn new(setup: Setup, run: RunBuilder) -> Self {
         // The tensors are too small to share, and the machine may be busy.
         tch::set_num_threads(1);
+        super::common::repeatable();
         let (vs, net) = dense_base();
         let config = LoraConfig::builder().r(2).lora_alpha(4.0).lora_dropout(setup.dropout);
         let config = config.target_modules(["up", "down"]).build().unwrap();
