@@ -219,7 +219,7 @@ fn random_numbers_repeat_from_a_saved_state() {
     let first = [draw(), draw()];
     let read: RngState = serde_json::from_str(&text).unwrap();
     assert_eq!(read, state);
-    read.check(&[]).unwrap();
+    read.check(&[device()]).unwrap();
     read.restore().unwrap();
     assert_eq!([draw(), draw()], first);
 }
