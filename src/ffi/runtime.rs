@@ -199,3 +199,15 @@ pub fn set_deterministic(on: bool) -> bool {
     // SAFETY: sets plain values of libtorch's.
     unsafe { tp_set_deterministic(on) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_gpus_memory_is_counted() {
+        for error in [peak_memory(Device::Cpu).unwrap_err(), reset_peak_memory(Device::Mps).unwrap_err()] {
+            assert!(matches!(&error, Error::Config { .. }) && error.to_string().contains("CUDA"), "{error}");
+        }
+    }
+}

@@ -366,7 +366,7 @@ impl Stateful for Average {
         self.check_state(&state)?;
         self.updates = state.values["updates"].as_u64().unwrap();
         for (name, shadow) in &mut self.shadow {
-            *shadow = state.tensors[name].copy();
+            *shadow = state.tensors[name].copy().to_device(shadow.device());
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use crate::ffi::cuda::emulation::Emulation;
 use crate::ffi::cuda::nvrtc::{Nvrtc, assert_compiles};
 use crate::quant::Scheme;
 use crate::quant::cpu::tests::{packed, same};
+use tch::Device;
 
 // The CPU's kernels, which are tested against libtorch's operators, define the values.
 #[test]
