@@ -42,6 +42,13 @@ char* tp_foreach_add(tp_list self, tp_list other, double alpha) {
   });
 }
 
+char* tp_foreach_add_scalar(tp_list self, double value) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_foreach_add_(collect(self), value);
+  });
+}
+
 char* tp_foreach_addcmul(tp_list self, tp_list a, tp_list b, double value) {
   return guarded([&] {
     at::NoGradGuard no_grad;

@@ -1,8 +1,10 @@
 // What tch doesn't bind: generator states, the fused AdamW step, autocast's
 // dtype, TorchScript's module tree; and loading CUDA.
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 
@@ -65,6 +67,29 @@ char* tp_with_cpu_engine(void* context, void (*call)(void* context, uint32_t* wo
     engine.set_data(data);
     generator->set_engine(engine);
   });
+}
+
+// Answers what was set before.
+bool tp_set_deterministic(bool on) {
+  auto& context = at::globalContext();
+  bool before = context.deterministicAlgorithms();
+  context.setDeterministicAlgorithms(on, /*warn_only=*/false);
+  context.setDeterministicCuDNN(on);
+  if (on) context.setBenchmarkCuDNN(false);
+  // Every tile would be filled before it is unpacked.
+  context.setDeterministicFillUninitializedMemory(false);
+  return before;
+}
+
+char* tp_peak_memory(int device, int64_t* bytes) {
+  return guarded([&] {
+    auto stats = at::getDeviceAllocator(c10::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(device));
+    *bytes = stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak;
+  });
+}
+
+char* tp_reset_peak_memory(int device) {
+  return guarded([&] { at::getDeviceAllocator(c10::kCUDA)->resetPeakStats(static_cast<c10::DeviceIndex>(device)); });
 }
 
 char* tp_fused_adamw(const tp_tensor* params, const tp_tensor* grads, const tp_tensor* exp_avgs,

@@ -103,6 +103,7 @@ struct tp_list {
 
 char* tp_foreach_mul(tp_list self, double factor);
 char* tp_foreach_add(tp_list self, tp_list other, double alpha);
+char* tp_foreach_add_scalar(tp_list self, double value);
 char* tp_foreach_addcmul(tp_list self, tp_list a, tp_list b, double value);
 char* tp_foreach_addcdiv(tp_list self, tp_list a, tp_list b, double value);
 char* tp_foreach_clamp(tp_list self, double least, double most);
@@ -137,4 +138,9 @@ char* tp_onednn_linear(tp_tensor x, tp_tensor w, tp_tensor* out);
 char* tp_addmm(tp_tensor out, tp_tensor a, tp_tensor b, double beta, double alpha);
 
 const char* tp_cuda_status();
+bool tp_set_deterministic(bool on);
+char* tp_peak_memory(int device, int64_t* bytes);
+char* tp_reset_peak_memory(int device);
+const char* tp_libtorch_folder();
+char* tp_cuda_stream(int device, void** stream);
 }

@@ -164,6 +164,17 @@ pub enum Error {
         source: std::io::Error,
     },
 
+    /// A CUDA kernel could not be compiled, loaded or started.
+    #[error("CUDA kernel `{kernel}`: {reason}; {remedy}")]
+    Kernel {
+        /// Name of the kernel or of its program.
+        kernel: String,
+        /// What was expected and found.
+        reason: String,
+        /// What to do.
+        remedy: String,
+    },
+
     /// libtorch refused an operation.
     #[error(transparent)]
     Torch(#[from] tch::TchError),

@@ -78,7 +78,7 @@ pub use checkpoint::{
     Best, Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport,
 };
 pub use error::{Error, Result};
-pub use ffi::runtime::cuda_status;
+pub use ffi::runtime::{cuda_status, peak_memory, reset_peak_memory, set_deterministic};
 pub use format::{AdapterFile, AdapterFormat, DetectedFormat, KeyMapping, KeyMappingBuilder, LoadReport};
 pub use lora::{
     AdapterConfig, Bias, Combination, CordaConfig, CordaMethod, EvaConfig, InitLoraWeights, LayerPattern,

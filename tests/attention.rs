@@ -3,8 +3,8 @@
 
 mod common;
 
-use common::{assert_close, follow, read, rng};
-use tch::{Device, Kind, Tensor, nn};
+use common::{assert_close, device, follow, read, rng};
+use tch::{Kind, Tensor, nn};
 use tch_peft::{Base, Error, LoraConfig, LoraModel};
 
 #[test]
@@ -56,7 +56,7 @@ fn a_tch_attention_follows_peft() {
     let (Some(dir), _rng) = (follow::make("attention_tch", &["attention_of_itself"]), rng()) else { return };
     let folder = dir.join("attention_of_itself-dense-float32");
     let record = read(folder.join("record.safetensors"));
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let net = nn::seq().add(Attention::new(&(vs.root() / "mha"))).add(nn::linear(
         vs.root() / "head",
         DIM,
@@ -82,12 +82,12 @@ fn a_tch_attention_follows_peft() {
 #[test]
 fn parts_of_the_fused_weight() {
     let _rng = rng();
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let net = Attention::new(&(vs.root() / "mha"));
     let config = LoraConfig::builder().target_modules(["mha"]).init_lora_weights(false).build().unwrap();
     let model = LoraModel::wrap(Base::new(vs, ()), config).unwrap();
     let adapters: Vec<Tensor> = model.parameters().into_iter().map(|p| p.tensor).collect();
-    let x = Tensor::randn([2, 7, DIM], (Kind::Float, Device::Cpu));
+    let x = Tensor::randn([2, 7, DIM], (Kind::Float, device()));
     let parts = |w: &Tensor| w.chunk(3, 0).iter().map(|w| x.linear(w, None::<Tensor>)).collect::<Vec<_>>();
     let whole = x.linear(&net.in_proj_weight, None::<Tensor>);
     let split = Tensor::cat(&parts(&net.in_proj_weight), -1);
@@ -103,7 +103,7 @@ fn parts_of_the_fused_weight() {
 fn what_makes_no_sense_is_refused_by_name() {
     let _rng = rng();
     let wrap = |config: tch_peft::LoraConfigBuilder, separate: bool| {
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         let mha = vs.root() / "mha";
         if separate {
             for name in ["q_proj_weight", "k_proj_weight", "v_proj_weight"] {
@@ -127,7 +127,7 @@ fn what_makes_no_sense_is_refused_by_name() {
     }
     // `all-linear` means out_proj alone, as in PEFT, and a list may name it too.
     let all = |target: &[&str]| {
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         let _ = Attention::new(&(vs.root() / "mha"));
         let config = config().target_modules(target.to_vec()).build().unwrap();
         LoraModel::wrap(Base::from(vs), config).unwrap().layers().iter().map(|s| s.to_string()).collect::<Vec<_>>()

@@ -1,7 +1,10 @@
 //! Adapted weights under autocast, against libtorch's own operators under it.
 
+mod common;
+
+use common::device;
 use tch::nn::{self, Module};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use tch_peft::{Autocast, Base, LoraConfig, LoraModel, QuantConfig};
 
 const SCALE: f64 = 2.0;
@@ -31,7 +34,7 @@ fn products_are_taken_in_autocasts_dtype() {
     for (kind, tolerance) in [(Kind::BFloat16, 2e-2), (Kind::Half, 4e-3)] {
         for quantized in [false, true] {
             tch::manual_seed(3);
-            let vs = nn::VarStore::new(Device::Cpu);
+            let vs = nn::VarStore::new(device());
             let net = Net {
                 conv: nn::conv2d(vs.root() / "conv", 3, 64, 3, nn::ConvConfig { padding: 1, ..Default::default() }),
                 linear: nn::linear(vs.root() / "linear", 64, 32, Default::default()),
@@ -50,12 +53,12 @@ fn products_are_taken_in_autocasts_dtype() {
             // Two copies of A and B: ours and those of the formula.
             let mut copies = std::collections::BTreeMap::new();
             for parameter in model.parameters() {
-                let value = Tensor::randn(parameter.tensor.size(), (Kind::Float, Device::Cpu)) * 0.2;
+                let value = Tensor::randn(parameter.tensor.size(), (Kind::Float, device())) * 0.2;
                 tch::no_grad(|| parameter.tensor.shallow_clone().copy_(&value));
                 copies.insert(parameter.name.clone(), value.set_requires_grad(true));
             }
             let copy = |end: &str| copies.iter().find(|(name, _)| name.contains(end)).unwrap().1;
-            let x = Tensor::randn([4, 3, 10, 10], (Kind::Float, Device::Cpu));
+            let x = Tensor::randn([4, 3, 10, 10], (Kind::Float, device()));
 
             let formula = || {
                 let conv = |x: &Tensor, w: &Tensor, b: Option<&Tensor>, pad: i64| x.conv2d(w, b, 1, pad, 1, 1);
@@ -66,7 +69,7 @@ fn products_are_taken_in_autocasts_dtype() {
                 h.linear(&linear_w, Some(&linear_b)) + low.linear(copy("linear.lora_B"), None::<&Tensor>) * SCALE
             };
             let (ours, theirs) = {
-                let _autocast = Autocast::new(Device::Cpu, kind).unwrap();
+                let _autocast = Autocast::new(device(), kind).unwrap();
                 (model.forward(&x).unwrap(), formula())
             };
             let name = format!("{kind:?}, quantised {quantized}");

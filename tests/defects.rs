@@ -23,7 +23,7 @@
 
 mod common;
 
-use common::{assert_close, assert_differs, assert_same, bits, rng};
+use common::{assert_close, assert_differs, assert_same, bits, device, rng};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,19 +34,21 @@ use tch_peft::{
     WeightRole,
 };
 
-const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
+fn floats() -> (Kind, Device) {
+    (Kind::Float, device())
+}
 
 /// A linear layer of 64 features, quantised as asked, and a batch.
 fn base(quant: Option<QuantConfig>) -> (Base<nn::Linear>, Tensor) {
     tch::manual_seed(3);
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let net = nn::linear(vs.root() / "lin", 64, 64, Default::default());
     let base = Base::new(vs, net);
     let base = match quant {
         Some(config) => base.quantize(&config).unwrap(),
         None => base,
     };
-    (base, Tensor::randn([5, 64], F32))
+    (base, Tensor::randn([5, 64], floats()))
 }
 
 fn config() -> LoraConfigBuilder {
@@ -72,7 +74,7 @@ fn change_magnitudes<M>(model: &LoraModel<M>) {
 }
 
 /// optimum-quanto: the merge leaves the base as it was. torchao: with several adapters it raises.
-/// bitsandbytes on the CPU: after one pass in evaluation, the packed bytes are misread.
+/// bitsandbytes on the floats(): after one pass in evaluation, the packed bytes are misread.
 #[test]
 fn merging_into_a_quantised_weight_is_what_the_forward_pass_computes() {
     let _rng = rng();
@@ -170,7 +172,7 @@ fn a_broken_adapter_is_not_merged_into_a_quantised_weight() {
 }
 
 fn convolution(sizes: &[i64]) -> (Tensor, LoraModel<()>) {
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let weight = (vs.root() / "conv").var("weight", sizes, nn::Init::Randn { mean: 0.0, stdev: 0.3 });
     let config = config().target_modules(["conv"]).build().unwrap();
     (weight, LoraModel::wrap(vs, config).unwrap())
@@ -183,14 +185,14 @@ fn every_convolution_is_merged_to_what_it_computed() {
     let _rng = rng();
     let none = None::<Tensor>;
     let (weight, mut model) = convolution(&[6, 4, 1, 1, 1]);
-    let x = Tensor::randn([2, 4, 3, 4, 5], F32);
+    let x = Tensor::randn([2, 4, 3, 4, 5], floats());
     let pointwise = || x.conv3d(&weight, none.as_ref(), [1, 1, 1], [0, 0, 0], [1, 1, 1], 1).detach();
     let adapted = pointwise();
     model.merge_adapter(&MergeOptions::new()).unwrap();
     assert_close("a kernel of 1", &pointwise(), &adapted, 1e-5);
 
     let (weight, mut model) = convolution(&[6, 4, 3, 3]);
-    let x = Tensor::randn([2, 4, 9, 8], F32);
+    let x = Tensor::randn([2, 4, 9, 8], floats());
     let dilated = || x.conv2d_padding(&weight, none.as_ref(), [1, 1], "same", [2, 3], 1).detach();
     let adapted = dilated();
     model.merge_adapter(&MergeOptions::new()).unwrap();
@@ -229,9 +231,9 @@ fn an_adapter_taken_out_of_the_base_is_found_again() {
 #[test]
 fn olora_starts_on_a_transposed_weight() {
     let _rng = rng();
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let weight = (vs.root() / "c_fc").var("weight", &[24, 64], nn::Init::Randn { mean: 0.0, stdev: 0.3 });
-    let x = Tensor::randn([5, 24], F32);
+    let x = Tensor::randn([5, 24], floats());
     let before = x.matmul(&weight).detach();
     let config = config().target_modules(["c_fc"]).init_lora_weights(InitLoraWeights::Olora).build().unwrap();
     let model = LoraModel::wrap(Base::from(vs).declare("c_fc", WeightRole::Conv1D), config).unwrap();
@@ -245,7 +247,7 @@ fn olora_starts_on_a_transposed_weight() {
 fn an_initialisation_that_a_layer_cannot_have_is_refused() {
     let _rng = rng();
     for init in [InitLoraWeights::Pissa, InitLoraWeights::Olora, InitLoraWeights::Orthogonal] {
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         let _table = nn::embedding(vs.root() / "embed", 16, 8, Default::default());
         let config = config().target_modules(["embed"]).init_lora_weights(init).build().unwrap();
         let error = LoraModel::wrap(vs, config).unwrap_err();

@@ -7,7 +7,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use common::{assert_close, assert_differs, assert_same, peer, read, rng};
+use common::{assert_close, assert_differs, assert_same, device, peer, read, rng};
 use tch::{Kind, Tensor};
 use tch_peft::{
     AdapterFile, AdapterFormat, Base, Error, KeyMapping, LoraConfig, LoraConfigBuilder, LoraModel, QuantConfig,
@@ -34,7 +34,7 @@ impl<'a> Model<'a> {
     }
 
     fn base(&self) -> Base<TorchScript> {
-        Base::torchscript(self.dir.join(self.name).join("model.pt")).unwrap()
+        Base::torchscript_on_device(self.dir.join(self.name).join("model.pt"), device()).unwrap()
     }
 
     fn run(&self, model: &LoraModel<TorchScript>) -> Tensor {
@@ -80,7 +80,7 @@ fn randomise<M>(model: &LoraModel<M>) {
 /// The transformer whose modules all lie in a module `net`, and what they are called in files.
 fn wrapped(dir: &Path) -> (Base<TorchScript>, KeyMapping) {
     let mapping = KeyMapping::builder().pattern(r"net\.(.+)", "$1").build().unwrap();
-    (Base::torchscript(dir.join("wrapped/model.pt")).unwrap(), mapping)
+    (Base::torchscript_on_device(dir.join("wrapped/model.pt"), device()).unwrap(), mapping)
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{assert_close, assert_same, peer, read, rng};
+use common::{assert_close, assert_same, device, peer, read, rng};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 use tch_peft::{AdapterConfig, AdapterFile, AdapterFormat, Base, LohaConfig, LokrConfig, LoraConfig};
@@ -27,7 +27,7 @@ fn fixtures() -> Option<&'static Path> {
 }
 
 fn base(dir: &Path) -> Base<TorchScript> {
-    Base::torchscript(dir.join("model.pt")).unwrap()
+    Base::torchscript_on_device(dir.join("model.pt"), device()).unwrap()
 }
 
 /// A folder for what Python checks: the adapter, and what the model computes with it.

@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{assert_close, assert_differs, assert_same, bits, peer, read, rng, write};
+use common::{assert_close, assert_differs, assert_same, bits, device, peer, read, rng, write};
 use tch::nn;
 use tch::{Device, Kind, Tensor};
 use tch_peft::quant::quantize;
@@ -61,7 +61,7 @@ fn from_data(dir: &Path, case: &str, base: Base<TorchScript>) -> LoraModel<Torch
 }
 
 fn base(dir: &Path) -> Base<TorchScript> {
-    Base::torchscript(dir.join("model.pt")).unwrap()
+    Base::torchscript_on_device(dir.join("model.pt"), device()).unwrap()
 }
 
 fn tensor(model: &LoraModel<TorchScript>, end: &str) -> Tensor {
@@ -110,7 +110,7 @@ fn eva_finds_pefts_directions_and_ranks() {
     // The first rows alone.
     let config = LoraConfig::builder().r(2).target_modules(["up"]).init_lora_weights(InitLoraWeights::Eva);
     let data = batches(dir);
-    let mask = Tensor::arange(192, (Kind::Int64, Device::Cpu)).lt(100);
+    let mask = Tensor::arange(192, (Kind::Int64, device())).lt(100);
     let masked = LoraModel::wrap_with_data(base(dir), config.clone().build().unwrap(), &data, |module, [x, _]| {
         let _ = module.forward(x)?;
         Ok(Some(mask.shallow_clone()))
@@ -199,7 +199,7 @@ fn what_changed_the_base_is_converted_for_peft_which_pools_as_we_do() {
     }
     tch::manual_seed(4);
     let (base, weight, bias) = pooled_base(true);
-    let x = Tensor::randn([2, 3, 128], CPU).set_requires_grad(true);
+    let x = Tensor::randn([2, 3, 128], floats()).set_requires_grad(true);
     let model = LoraModel::wrap(base, qalora()).unwrap();
     let y = x.apply(model.module());
     (&y * &y).mean(Kind::Float).backward();
@@ -213,7 +213,9 @@ fn what_changed_the_base_is_converted_for_peft_which_pools_as_we_do() {
     peer("inits_reference.py", &["check".as_ref(), dir.as_os_str()]);
 }
 
-const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
+fn floats() -> (Kind, Device) {
+    (Kind::Float, device())
+}
 
 fn qalora() -> LoraConfig {
     let config = LoraConfig::builder().r(4).lora_alpha(8.0).target_modules(["layer"]).init_lora_weights(false);
@@ -222,7 +224,7 @@ fn qalora() -> LoraConfig {
 
 /// A linear layer, what its weight is worth, and its bias.
 fn pooled_base(quantized: bool) -> (Base<nn::Linear>, Tensor, Tensor) {
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let net = nn::linear(vs.root() / "layer", 128, 24, Default::default());
     let bias = net.bs.as_ref().unwrap().detach().copy();
     let weight = quantize("w", &net.ws.detach(), Scheme::INT4).unwrap().dequantize(Kind::Float).unwrap();
@@ -238,7 +240,7 @@ fn qalora_is_merged_saved_and_refused_where_it_has_no_meaning() {
     let (base, ..) = pooled_base(true);
     let mut model = LoraModel::wrap(base, qalora()).unwrap();
     assert_eq!(model.parameters()[0].tensor.size(), [4, 8]);
-    let x = Tensor::randn([5, 128], CPU);
+    let x = Tensor::randn([5, 128], floats());
     let y = tch::no_grad(|| x.apply(model.module()));
     model.merge_adapter(&MergeOptions::new()).unwrap();
     assert_close("merged", &tch::no_grad(|| x.apply(model.module())), &y, 1e-5);
@@ -262,18 +264,18 @@ fn qalora_is_merged_saved_and_refused_where_it_has_no_meaning() {
 /// One linear layer without a bias, whose weight has a few strong directions.
 fn plain(seed: i64) -> (Base<nn::Linear>, Tensor) {
     tch::manual_seed(seed);
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let settings = nn::LinearConfig { bias: false, ..Default::default() };
     let net = nn::linear(vs.root() / "layer", 128, 96, settings);
-    let weight =
-        Tensor::randn([96, 6], CPU).mm(&Tensor::randn([6, 128], CPU)) * 0.1 + Tensor::randn([96, 128], CPU) * 0.1;
+    let weight = Tensor::randn([96, 6], floats()).mm(&Tensor::randn([6, 128], floats())) * 0.1
+        + Tensor::randn([96, 128], floats()) * 0.1;
     tch::no_grad(|| net.ws.shallow_clone().copy_(&weight));
     (Base::new(vs, net), weight)
 }
 
 /// The weight that a layer without a bias computes with.
 fn effective(layer: &nn::Linear) -> Tensor {
-    tch::no_grad(|| Tensor::eye(128, CPU).apply(layer).tr().contiguous())
+    tch::no_grad(|| Tensor::eye(128, floats()).apply(layer).tr().contiguous())
 }
 
 fn repacked(weight: &Tensor, scheme: Scheme) -> Tensor {
@@ -387,7 +389,7 @@ fn loftq_takes_any_scheme() {
 #[test]
 fn data_initialises_on_quantised_bases_and_a_run_resumes() {
     let _rng = rng();
-    let batches = [Tensor::randn([64, 128], CPU), Tensor::randn([64, 128], CPU) * 2.0];
+    let batches = [Tensor::randn([64, 128], floats()), Tensor::randn([64, 128], floats()) * 2.0];
     let make = |init, scheme: Option<QuantConfig>| {
         let (base, _) = plain(5);
         let base = match scheme {
@@ -431,7 +433,7 @@ fn data_initialises_on_quantised_bases_and_a_run_resumes() {
         run.resume_or_start(&mut Parts::new(&mut model, &mut optimizer, &schedule, &mut sampler)).unwrap();
         while run.current_step() < until {
             let rows: Vec<i64> = sampler.next_batch().into_iter().map(|row| row as i64).collect();
-            let y = batches[0].index_select(0, &Tensor::from_slice(&rows)).apply(model.module());
+            let y = batches[0].index_select(0, &Tensor::from_slice(&rows).to_device(device())).apply(model.module());
             (&y * &y).mean(Kind::Float).backward();
             optimizer.step().unwrap();
             optimizer.zero_grad().unwrap();
@@ -447,7 +449,7 @@ fn data_initialises_on_quantised_bases_and_a_run_resumes() {
 #[test]
 fn what_data_cannot_do_is_refused_by_name() {
     let _rng = rng();
-    let batches = [Tensor::randn([6, 128], CPU)];
+    let batches = [Tensor::randn([6, 128], floats())];
     let wrap = |config: LoraConfig| {
         LoraModel::wrap_with_data(plain(7).0, config, &batches, |net, x| {
             let _ = x.apply(net);

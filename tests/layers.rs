@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use common::follow::{self, follow_steps};
-use common::{read, rng};
+use common::{device, read, rng};
 use tch_peft::{Base, InitLoraWeights, LoraConfig, LoraModel};
 
 fn fixtures() -> Option<&'static Path> {
@@ -64,7 +64,7 @@ fn initialisations_follow_peft() {
         let record = read(folder.join("record.safetensors"));
         let config = LoraConfig::builder().r(4).lora_alpha(8.0).target_modules(targets).fan_in_fan_out(turned);
         let config = config.init_lora_weights(init).build().unwrap();
-        let base = || Base::torchscript(folder.join("model.pt")).unwrap();
+        let base = || Base::torchscript_on_device(folder.join("model.pt"), device()).unwrap();
         let before = base().fingerprint().unwrap();
         let mut model = LoraModel::wrap(base(), config.clone()).unwrap();
         // The base's identity is that of what is left of it, and the same for every new start.

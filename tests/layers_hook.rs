@@ -3,11 +3,13 @@
 
 mod common;
 
-use common::{assert_close, assert_differs, rng};
+use common::{assert_close, assert_differs, device, rng};
 use tch::{Device, Kind, Tensor, nn};
 use tch_peft::{Base, Error, LoraConfig, LoraModel, QuantConfig, WeightRole};
 
-const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
+fn floats() -> (Kind, Device) {
+    (Kind::Float, device())
+}
 
 /// A model of one weight, with the handle that a network would keep.
 struct Adapted {
@@ -17,7 +19,7 @@ struct Adapted {
 
 impl Adapted {
     fn new(sizes: &[i64], role: WeightRole, quantised: bool) -> Self {
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         let weight = (vs.root() / "layer").var("weight", sizes, nn::Init::Randn { mean: 0.0, stdev: 0.3 });
         let base = Base::from(vs).declare("layer", role);
         let base = if quantised { base.quantize(&QuantConfig::nf4().build().unwrap()).unwrap() } else { base };
@@ -41,7 +43,7 @@ impl Adapted {
         let all: Vec<&Tensor> = inputs.iter().copied().chain(&adapters).collect();
         let run = |weight: &Tensor| {
             let y = f(weight);
-            let probe = Tensor::arange(y.numel() as i64, F32).sin().reshape(y.size());
+            let probe = Tensor::arange(y.numel() as i64, floats()).sin().reshape(y.size());
             let grads = Tensor::run_backward(&[(&y * &probe).sum(Kind::Float)], &all, false, false);
             (y, grads)
         };
@@ -55,7 +57,7 @@ impl Adapted {
 }
 
 fn input(sizes: &[i64]) -> Tensor {
-    Tensor::randn(sizes, F32).set_requires_grad(true)
+    Tensor::randn(sizes, floats()).set_requires_grad(true)
 }
 
 #[test]
@@ -124,7 +126,7 @@ fn convolutions_in_all_their_forms() {
 fn embeddings_look_rows_up() {
     let _rng = rng();
     let adapted = Adapted::new(&[17, 8], WeightRole::Embedding, false);
-    let ids = Tensor::from_slice(&[3i64, 0, 16, 3]).view([2, 2]);
+    let ids = Tensor::from_slice(&[3i64, 0, 16, 3]).to_device(device()).view([2, 2]);
     adapted.check("embedding", &[], |w| Tensor::embedding(w, &ids, -1, false, false));
     adapted.check("index_select", &[], |w| w.index_select(0, &ids.flatten(0, -1)));
 }
@@ -148,7 +150,7 @@ fn a_transposed_weight_refuses_writes_and_raw_access() {
 fn combinations_without_meaning_are_refused() {
     let _rng = rng();
     let wrap = |role: WeightRole, sizes: &[i64], dora: bool, r: i64| {
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         let _weight = (vs.root() / "layer").var("weight", sizes, nn::Init::Const(0.5));
         let config = LoraConfig::builder().r(r).target_modules(["layer"]).use_dora(dora).build().unwrap();
         LoraModel::wrap(Base::from(vs).declare("layer", role), config)

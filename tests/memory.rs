@@ -1,6 +1,8 @@
 //! Memory of the process; one test alone in its binary, since others would be
 //! counted too.
 
+mod common;
+
 use std::fs;
 use tch::{Device, nn};
 use tch_peft::{Base, Fp8Format, QuantConfig};
@@ -61,8 +63,7 @@ fn quantising_frees_each_dense_weight_as_it_goes() {
 
 /// Reading a saved base back, its peak is the packed weights and one dense one over what was there.
 fn loading_holds_little_more_than_the_packed_weights(base: &Base<Vec<nn::Linear>>, packed: f64) {
-    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("memory");
-    let _ = fs::remove_dir_all(&folder);
+    let folder = common::fresh_dir("memory");
     base.save_quantized(&folder).unwrap();
     let vs = nn::VarStore::new(Device::Cpu);
     let layers: Vec<_> = (0..LAYERS).map(|i| nn::linear(vs.root() / "h" / i, 2048, 4096, Default::default())).collect();

@@ -1,5 +1,8 @@
 //! The hook, the node and `LoraModel`, against plain dense tensors.
 
+mod common;
+
+use common::device;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tch::nn::{self, Module};
 use tch::{Device, Kind, Tensor};
@@ -11,7 +14,9 @@ fn alone() -> MutexGuard<'static, ()> {
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
+fn floats() -> (Kind, Device) {
+    (Kind::Float, device())
+}
 
 fn value(t: &Tensor) -> f64 {
     f64::try_from(t).unwrap()
@@ -43,7 +48,7 @@ impl Module for Net {
 /// Wide enough for several tiles (1,048,576 elements each) in `up`.
 fn net(seed: i64, inn: i64, hidden: i64) -> (nn::VarStore, Net) {
     tch::manual_seed(seed);
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let root = vs.root();
     let up = nn::linear(&root / "up", inn, hidden, Default::default());
     let down = nn::linear(&root / "down", hidden, 24, Default::default());
@@ -86,11 +91,11 @@ fn gradients_equal_the_dense_formula_on_the_dequantised_weight() {
                 (dense[0].shallow_clone(), biases.0, leaf(&p[2].tensor), leaf(&p[3].tensor)),
                 (dense[1].shallow_clone(), biases.1, leaf(&p[0].tensor), leaf(&p[1].tensor)),
             ];
-            let x = Tensor::randn(&shape, CPU).set_requires_grad(true);
+            let x = Tensor::randn(&shape, floats()).set_requires_grad(true);
             let x2 = leaf(&x);
             let (y, expected) = (model.forward(&x).unwrap(), reference(&plain, &x2, 3.0));
             assert!(distance(&y, &expected) < 1e-5, "{scheme} forward: {}", distance(&y, &expected));
-            let g = Tensor::randn(y.size(), CPU);
+            let g = Tensor::randn(y.size(), floats());
             (&y * &g).sum(Kind::Float).backward();
             (&expected * &g).sum(Kind::Float).backward();
             for (got, want, what) in [
@@ -113,9 +118,9 @@ fn a_frozen_linear_without_adapter_passes_gradients_to_its_input_and_bias() {
     let base = Base::new(vs, module).quantize(&QuantConfig::nf4().build().unwrap()).unwrap();
     let w = base.module().up.ws.detach();
     let bias = base.module().up.bs.as_ref().unwrap().set_requires_grad(true);
-    let x = Tensor::randn([7, 48], CPU).set_requires_grad(true);
+    let x = Tensor::randn([7, 48], floats()).set_requires_grad(true);
     let y = base.module().up.forward(&x);
-    let g = Tensor::randn(y.size(), CPU);
+    let g = Tensor::randn(y.size(), floats());
     (&y * &g).sum(Kind::Float).backward();
     assert!(distance(&x.grad(), &g.matmul(&w)) < 1e-6);
     assert!(distance(&bias.grad(), &g.sum_dim_intlist([0i64].as_slice(), false, Kind::Float)) < 1e-6);
@@ -133,7 +138,7 @@ fn quantise_then_wrap_equals_wrap_then_quantise() {
         tch::manual_seed(9);
         let mut second = LoraModel::wrap(Base::new(vs, module), config()).unwrap();
         second.quantize(&quant).unwrap();
-        let x = Tensor::randn([4, 48], CPU);
+        let x = Tensor::randn([4, 48], floats());
         let (y1, y2) = (first.forward(&x).unwrap(), second.forward(&x).unwrap());
         assert_eq!(bytes(&y1), bytes(&y2));
         y1.square().mean(Kind::Float).backward();
@@ -151,13 +156,13 @@ fn other_operators_see_the_effective_weight_and_gradients_pass_through() {
     let (vs, module) = net(4, 48, 40);
     let model = LoraModel::wrap(Base::new(vs, module), config()).unwrap();
     let w = &model.module().up.ws;
-    let x = Tensor::randn([6, 48], CPU);
+    let x = Tensor::randn([6, 48], floats());
     let through_linear = x.linear(w, None::<&Tensor>);
     let through_matmul = x.matmul(&w.tr());
     assert!(distance(&through_matmul, &through_linear) < 1e-5);
     assert!(distance(&Tensor::cat(&[w, w], 0).norm(), &(w.norm() * 2f64.sqrt())) < 1e-6);
     let p = model.trainable_parameters();
-    let g = Tensor::randn([6, 40], CPU);
+    let g = Tensor::randn([6, 40], floats());
     (&through_linear * &g).sum(Kind::Float).backward();
     let (da, mut b) = (p[2].tensor.grad().copy(), p[2].tensor.grad());
     let _ = b.zero_();
@@ -172,7 +177,7 @@ fn writes_and_raw_access_are_refused_and_change_nothing() {
     let model = LoraModel::wrap(Base::new(vs, module), config()).unwrap();
     let mut w = model.module().up.ws.shallow_clone();
     let before = bytes(&w);
-    let other = Tensor::zeros([40, 48], CPU);
+    let other = Tensor::zeros([40, 48], floats());
     let refused = |result: Result<String, tch::TchError>| {
         let text = result.expect_err("must be refused").to_string();
         assert!(text.contains("up.weight") && text.contains("adapted"), "{text}");
@@ -184,9 +189,12 @@ fn writes_and_raw_access_are_refused_and_change_nothing() {
     refused(w.f_resize_([2, 2]).map(|t| format!("{t:?}")));
     let copied = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| w.copy_(&other)));
     assert!(copied.is_err(), "tch's copy_ has no other way to report");
-    let text = w.f_copy_data_u8(&mut vec![0; 40 * 48 * 4], 40 * 48).unwrap_err().to_string();
-    assert!(text.contains("up.weight"), "{text}");
-    let mut plain = Tensor::zeros([40, 48], CPU);
+    // From a GPU, tch copies through an operator.
+    if device() == Device::Cpu {
+        let text = w.f_copy_data_u8(&mut vec![0; 40 * 48 * 4], 40 * 48).unwrap_err().to_string();
+        assert!(text.contains("up.weight"), "{text}");
+    }
+    let mut plain = Tensor::zeros([40, 48], floats());
     assert!(plain.f_set_data(&w).is_err(), "a plain tensor must not take the site over");
     plain.f_copy_(&w).unwrap();
     assert_eq!(bytes(&plain), before);
@@ -197,7 +205,7 @@ fn writes_and_raw_access_are_refused_and_change_nothing() {
 fn a_guard_turns_adapters_off_and_restores_what_was() {
     let _alone = alone();
     let (vs, module) = net(6, 48, 40);
-    let x = Tensor::randn([3, 48], CPU);
+    let x = Tensor::randn([3, 48], floats());
     let plain = module.forward(&x);
     let model = LoraModel::wrap(Base::new(vs, module), config()).unwrap();
     let adapted = model.forward(&x).unwrap();
@@ -219,13 +227,13 @@ fn dropout_is_live_in_training_only_and_its_gradient_uses_the_same_mask() {
     let builder = LoraConfig::builder().r(4).lora_dropout(0.5).target_modules(["up"]);
     let config = builder.init_lora_weights(false).build().unwrap();
     let mut model = LoraModel::wrap(Base::new(vs, module), config).unwrap();
-    let x = Tensor::randn([64, 48], CPU).set_requires_grad(true);
+    let x = Tensor::randn([64, 48], floats()).set_requires_grad(true);
     let up = |model: &LoraModel<Net>| model.module().up.forward(&x);
     assert_ne!(bytes(&up(&model)), bytes(&up(&model)));
     // Linear in x for a fixed mask: y(x) - bias = <dy/dx, x> for each output.
     tch::manual_seed(1);
     let y = up(&model) - model.module().up.bs.as_ref().unwrap();
-    let g = Tensor::randn(y.size(), CPU);
+    let g = Tensor::randn(y.size(), floats());
     let inner = (&y * &g).sum(Kind::Float);
     inner.backward();
     let through = (x.grad() * &x).sum(Kind::Float);
@@ -239,7 +247,7 @@ fn backward_keeps_torchs_own_checks() {
     let _alone = alone();
     let (vs, module) = net(8, 48, 40);
     let model = LoraModel::wrap(Base::new(vs, module), config()).unwrap();
-    let x = Tensor::randn([3, 48], CPU);
+    let x = Tensor::randn([3, 48], floats());
     // A parameter changed in place between forward and backward.
     let loss = model.forward(&x).unwrap().square().mean(Kind::Float);
     let mut b = model.trainable_parameters().remove(1).tensor;
@@ -264,14 +272,14 @@ fn shapes_that_do_not_fit_are_errors() {
     let _alone = alone();
     let (vs, module) = net(11, 48, 40);
     let model = LoraModel::wrap(Base::new(vs, module), config()).unwrap();
-    let text = model.module().up.ws.f_linear(&Tensor::zeros([2, 2], CPU), None::<&Tensor>);
+    let text = model.module().up.ws.f_linear(&Tensor::zeros([2, 2], floats()), None::<&Tensor>);
     assert!(text.is_err());
-    let x = Tensor::zeros([2, 47], CPU);
+    let x = Tensor::zeros([2, 47], floats());
     let text = x.f_linear(&model.module().up.ws, None::<&Tensor>).unwrap_err().to_string();
     assert!(text.contains("(…, 48)") && text.contains("[2, 47]"), "{text}");
-    let empty = Tensor::zeros([0, 48], CPU);
+    let empty = Tensor::zeros([0, 48], floats());
     assert_eq!(model.forward(&empty).unwrap().size(), [0, 24]);
-    let vector = Tensor::zeros([48], CPU);
+    let vector = Tensor::zeros([48], floats());
     assert_eq!(model.forward(&vector).unwrap().size(), [24]);
 }
 
@@ -290,7 +298,7 @@ fn bf16_bases_train_f32_adapters() {
         let model = LoraModel::wrap(base, config()).unwrap();
         let p = model.trainable_parameters();
         assert!(p.iter().all(|p| p.tensor.kind() == Kind::Float));
-        let x = Tensor::randn([5, 64], CPU).to_kind(Kind::BFloat16);
+        let x = Tensor::randn([5, 64], floats()).to_kind(Kind::BFloat16);
         let y = model.forward(&x).unwrap();
         assert_eq!(y.kind(), Kind::BFloat16);
         y.square().mean(Kind::Float).backward();
@@ -308,7 +316,7 @@ fn bf16_bases_train_f32_adapters() {
 #[test]
 fn tied_weights_are_packed_once_and_adapted_under_one_name() {
     let _alone = alone();
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let root = vs.root();
     let a = nn::linear(&root / "a", 16, 16, nn::LinearConfig { bias: false, ..Default::default() });
     let tied = (&root / "b").add("weight", a.ws.shallow_clone(), true);

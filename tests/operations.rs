@@ -3,7 +3,7 @@
 mod common;
 mod twin;
 
-use common::{assert_close, assert_differs, assert_same, bits, peer, read, rng};
+use common::{assert_close, assert_differs, assert_same, bits, device, peer, read, rng};
 use std::path::Path;
 use tch::nn::Module;
 use tch::{Kind, Tensor};
@@ -178,7 +178,7 @@ fn dora_is_merged_with_its_magnitude_and_has_no_weighted_sum() {
     let config = LoraConfig::builder().r(4).target_modules(["q_proj", "fc"]).use_dora(true).init_lora_weights(false);
     let mut model = LoraModel::wrap(Net::load(dir), config.build().unwrap()).unwrap();
     for p in model.parameters().iter().filter(|p| p.name.ends_with("lora_magnitude_vector")) {
-        let factors = Tensor::rand(p.tensor.size(), (Kind::Float, tch::Device::Cpu)) + 0.5;
+        let factors = Tensor::rand(p.tensor.size(), (Kind::Float, device())) + 0.5;
         tch::no_grad(|| p.tensor.shallow_clone().f_mul_(&factors).map(drop)).unwrap();
     }
     let before = model.forward(ids).unwrap();
@@ -293,7 +293,7 @@ fn every_row_of_a_mixed_batch_has_its_own_adapter_and_gradient() {
         assert_close("off", &model.forward(ids).unwrap(), &expected["base"], TOLERANCE);
     }
     // The same rows, those of an adapter next to each other.
-    let (order, sorted) = (Tensor::from_slice(&[0i64, 3, 1, 2]), ["b", "b", BASE_ROW, "default"]);
+    let (order, sorted) = (Tensor::from_slice(&[0i64, 3, 1, 2]).to_device(device()), ["b", "b", BASE_ROW, "default"]);
     let (sorted_ids, sorted_mixed) = (ids.index_select(0, &order), expected["mixed"].index_select(0, &order));
     {
         let _mixed = model.mixed_batch(&sorted).unwrap();
@@ -321,7 +321,7 @@ fn every_row_of_a_mixed_batch_has_its_own_adapter_and_gradient() {
     }
     for (name, rows) in [("default", vec![2i64]), ("b", vec![0, 3])] {
         model.set_adapter(name).unwrap();
-        let part = ids.index_select(0, &Tensor::from_slice(&rows));
+        let part = ids.index_select(0, &Tensor::from_slice(&rows).to_device(device()));
         loss(&model.forward(&part).unwrap()).backward();
     }
     model.set_adapter(["default", "b"]).unwrap();
@@ -445,7 +445,7 @@ fn copies_and_biases_are_trained_and_saved_as_in_peft() {
 #[test]
 fn modules_to_save_end_at_a_dot() {
     let _rng = rng();
-    let vs = tch::nn::VarStore::new(tch::Device::Cpu);
+    let vs = tch::nn::VarStore::new(device());
     for name in ["q", "head", "bighead"] {
         let _ = tch::nn::linear(vs.root() / name, 4, 4, Default::default());
     }
@@ -575,10 +575,10 @@ fn dtypes_are_what_was_asked_for() {
 fn copies_and_rows_follow_the_dtype_of_adapters() {
     let _rng = rng();
     for (asked, kind) in [(None, Kind::Float), (Some(Kind::BFloat16), Kind::BFloat16)] {
-        let mut vs = tch::nn::VarStore::new(tch::Device::Cpu);
+        let mut vs = tch::nn::VarStore::new(device());
         let net = Net::new(&vs.root());
         vs.bfloat16();
-        let ids = Tensor::from_slice2(&[[1i64, 2, 3], [0, 5, 1]]);
+        let ids = Tensor::from_slice2(&[[1i64, 2, 3], [0, 5, 1]]).to_device(device());
         let plain = net.forward(&ids);
         let config = LoraConfig::builder().target_modules(["q_proj"]).trainable_token_indices([1, 5]).bias(Bias::All);
         let config = config.modules_to_save(["head", "norm"]);
@@ -604,22 +604,26 @@ fn copies_and_rows_follow_the_dtype_of_adapters() {
 #[test]
 fn trained_rows_reach_a_tied_output_layer_with_its_bias() {
     let _rng = rng();
-    let vs = tch::nn::VarStore::new(tch::Device::Cpu);
+    let vs = tch::nn::VarStore::new(device());
     let embed = tch::nn::embedding(vs.root() / "embed", 9, 4, Default::default());
     let head = tch::nn::linear(vs.root() / "head", 4, 4, Default::default());
-    let bias = Tensor::randn([9], (Kind::Float, tch::Device::Cpu));
+    let bias = Tensor::randn([9], (Kind::Float, device()));
     let run = |ids: &Tensor| ids.apply(&embed).apply(&head).f_linear(&embed.ws, Some(&bias)).unwrap();
-    let ids = Tensor::from_slice(&[0i64, 3, 5, 8]);
+    let ids = Tensor::from_slice(&[0i64, 3, 5, 8]).to_device(device());
     let table = embed.ws.detach().copy();
     let config = LoraConfig::builder().target_modules(["head"]).trainable_token_indices([3, 8]).build().unwrap();
     let mut model = LoraModel::wrap(vs, config).unwrap();
     let before = run(&ids);
     let rows = model.parameters().into_iter().find(|p| p.name.ends_with("trainable_tokens_delta")).unwrap();
     assert_eq!(rows.name, "base_model.model.embed.token_adapter.trainable_tokens_delta");
-    assert_same("rows at first", &rows.tensor.detach(), &table.index_select(0, &Tensor::from_slice(&[3i64, 8])));
+    assert_same(
+        "rows at first",
+        &rows.tensor.detach(),
+        &table.index_select(0, &Tensor::from_slice(&[3i64, 8]).to_device(device())),
+    );
     tch::no_grad(|| rows.tensor.shallow_clone().f_add_scalar_(1.0).map(drop)).unwrap();
     let expected = {
-        let changed = table.index_copy(0, &Tensor::from_slice(&[3i64, 8]), &rows.tensor.detach());
+        let changed = table.index_copy(0, &Tensor::from_slice(&[3i64, 8]).to_device(device()), &rows.tensor.detach());
         let x = Tensor::embedding(&changed, &ids, -1, false, false).apply(&head);
         x.matmul(&changed.tr()) + &bias
     };

@@ -3,11 +3,11 @@
 mod common;
 
 use common::training::{copies, float, handles, parameter, references, set_grad, tensor};
-use common::{assert_close, assert_same, bits};
+use common::{assert_close, assert_same, bits, device};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use tch_peft::{
     Adafactor, AdamW, AdamW8bit, Error, GroupedOptimizer, Lion, NamedParameter, Optimizer, OptimizerBuilder,
     OptimizerState, ParameterGroup, Schedule, Sgd, Update, UpdateRule,
@@ -199,7 +199,7 @@ fn lora_plus_has_the_groups_of_peft() {
     let Some(rates) = reference("lora_plus") else { return };
     for (name, expected) in rates.as_object().unwrap() {
         let shape: Vec<i64> = serde_json::from_value(expected["shape"].clone()).unwrap();
-        let zeros = || Tensor::zeros(shape.as_slice(), (Kind::Float, Device::Cpu));
+        let zeros = || Tensor::zeros(shape.as_slice(), (Kind::Float, device()));
         // Without momentum or decay, a gradient of 1 shows the learning rate;
         // the other parameter keeps the first group from being empty.
         let pair = [parameter(name, zeros()), parameter("x.lora_B.weight", zeros())];
@@ -262,7 +262,7 @@ fn a_rule_of_the_callers_own_has_groups_and_names_too() {
 }
 
 fn three() -> Vec<NamedParameter> {
-    let numbers = |n: i64| Tensor::arange(n, (Kind::Float, Device::Cpu));
+    let numbers = |n: i64| Tensor::arange(n, (Kind::Float, device()));
     vec![
         parameter("a.weight", numbers(4).view([2, 2])),
         parameter("b.weight", numbers(3)),
@@ -400,7 +400,7 @@ fn states_that_do_not_fit_are_refused_by_name() {
     assert_eq!((&missing[..], &unexpected[..]), (&["b.weight.exp_avg".into()][..], &["c.weight.exp_avg".into()][..]));
 
     // `copy_` would have broadcast it.
-    let one = || Tensor::ones([1], (Kind::Float, Device::Cpu));
+    let one = || Tensor::ones([1], (Kind::Float, device()));
     let error = refuse(&|state| drop(state.tensors.insert("b.weight.exp_avg_sq".into(), one())));
     assert!(error.to_string().contains("b.weight.exp_avg_sq: expected Float [3], found Float [1]"), "{error}");
     let error = refuse(&|state| {
@@ -451,7 +451,7 @@ fn unusable_settings_are_refused() {
     refused(Adafactor::builder().clip_threshold(0.0), "clip_threshold");
     refused(Adafactor::builder().decay_rate(0.8), "decay_rate");
     refused(Adafactor::builder().beta1(1.0), "beta1");
-    let double = vec![parameter("double", Tensor::zeros([4], (Kind::Double, Device::Cpu)))];
+    let double = vec![parameter("double", Tensor::zeros([4], (Kind::Double, device())))];
     assert!(matches!(AdamW8bit::builder().build(double), Err(Error::Mismatch { name, .. }) if name == "double"));
 
     let twice = || [three(), three()].into_iter().flatten().collect();
@@ -459,7 +459,7 @@ fn unusable_settings_are_refused() {
     assert!(matches!(AdamW::builder().build(Vec::new()), Err(Error::Config { .. })));
     let frozen = NamedParameter { name: "frozen".into(), tensor: Tensor::from(1.0f32) };
     assert!(matches!(AdamW::builder().build(vec![frozen]), Err(Error::Mismatch { name, .. }) if name == "frozen"));
-    let strided = Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)).tr().set_requires_grad(true);
+    let strided = Tensor::zeros([2, 3], (Kind::Float, device())).tr().set_requires_grad(true);
     let strided = NamedParameter { name: "strided".into(), tensor: strided };
     assert!(matches!(AdamW::builder().build(vec![strided]), Err(Error::Mismatch { .. })));
 }

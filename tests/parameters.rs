@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{assert_close, follow, rng};
+use common::{assert_close, device, follow, rng};
 use tch::{Device, Kind, Tensor, nn};
 use tch_peft::{
     Base, Combination, Error, InitLoraWeights, LoraConfig, LoraConfigBuilder, LoraModel, MergeOptions, QuantConfig,
@@ -16,11 +16,13 @@ fn parameters_follow_peft_and_peft_follows_us() {
     follow::check(&dir);
 }
 
-const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
+fn floats() -> (Kind, Device) {
+    (Kind::Float, device())
+}
 
 /// A model of one parameter `experts.w`, with the handle that a network would keep, and random factors.
 fn adapted(sizes: &[i64], is_transposed: bool, quantised: bool) -> (Tensor, LoraModel<()>) {
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let weight = (vs.root() / "experts").var("weight", sizes, nn::Init::Randn { mean: 0.0, stdev: 0.3 });
     let base = Base::from(vs);
     let base = if quantised {
@@ -65,12 +67,12 @@ fn uses_of_a_stack() {
         });
         let dense = || &base + expected_delta(&model, 3, is_transposed);
         let adapters: Vec<Tensor> = model.parameters().into_iter().map(|p| p.tensor).collect();
-        let input = |sizes: &[i64]| Tensor::randn(sizes, F32).set_requires_grad(true);
+        let input = |sizes: &[i64]| Tensor::randn(sizes, floats()).set_requires_grad(true);
         let check = |name: &str, inputs: &[&Tensor], f: &dyn Fn(&Tensor) -> Tensor| {
             let all: Vec<&Tensor> = inputs.iter().copied().chain(&adapters).collect();
             let run = |weight: &Tensor| {
                 let y = f(weight);
-                let probe = Tensor::arange(y.numel() as i64, F32).sin().reshape(y.size());
+                let probe = Tensor::arange(y.numel() as i64, floats()).sin().reshape(y.size());
                 (y.shallow_clone(), Tensor::run_backward(&[(&y * &probe).sum(Kind::Float)], &all, false, false))
             };
             let (found, expected) = (run(&weight), run(&dense()));
@@ -100,8 +102,8 @@ fn uses_of_a_stack() {
         check("einsum", &[&x], &|w| {
             Tensor::einsum("ni,eoi->eno", &[x.shallow_clone(), w.shallow_clone()], None::<i64>)
         });
-        check("index_select", &[], &|w| w.index_select(0, &Tensor::from_slice(&[2i64, 0, 2])));
-        check("index", &[], &|w| w.index(&[Some(Tensor::from_slice(&[1i64, 1]))]));
+        check("index_select", &[], &|w| w.index_select(0, &Tensor::from_slice(&[2i64, 0, 2]).to_device(device())));
+        check("index", &[], &|w| w.index(&[Some(Tensor::from_slice(&[1i64, 1]).to_device(device()))]));
         check("another dimension", &[], &|w| w.select(1, 2));
         check("turned otherwise", &[], &|w| w.transpose(0, 2).square());
         let error = weight.f_get(3).unwrap_err().to_string();
@@ -120,7 +122,7 @@ fn a_mixed_batch_refuses_stacks() {
     let _rng = rng();
     let (weight, model) = adapted(&[3, 6, 16], false, false);
     let mixed = model.mixed_batch(&["default", "__base__"]).unwrap();
-    let error = Tensor::randn([2, 16], F32).f_linear(&weight.get(1), None::<Tensor>).unwrap_err().to_string();
+    let error = Tensor::randn([2, 16], floats()).f_linear(&weight.get(1), None::<Tensor>).unwrap_err().to_string();
     assert!(error.contains("mixed_batch") && error.contains("experts.weight"), "{error}");
     drop(mixed);
 }
@@ -129,7 +131,7 @@ fn a_mixed_batch_refuses_stacks() {
 fn what_makes_no_sense_is_refused_by_name() {
     let _rng = rng();
     let wrap = |config: LoraConfigBuilder| {
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         let root = vs.root();
         let _ = (&root / "experts").var("up", &[3, 6, 16], nn::Init::Const(0.5));
         let _ = (&root / "experts").var("norm", &[6], nn::Init::Const(0.5));
@@ -173,7 +175,7 @@ fn what_makes_no_sense_is_refused_by_name() {
 fn keys_follow_the_order_of_making() {
     let _rng = rng();
     for names in [["zeta", "alpha"], ["alpha", "zeta"]] {
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         for name in names {
             let columns = if name == "zeta" { 16 } else { 20 };
             let _ = (vs.root() / "experts").var(name, &[3, 6, columns], nn::Init::Const(0.5));

@@ -6,7 +6,7 @@ mod twin;
 
 use std::path::Path;
 
-use common::{assert_close, assert_differs, assert_same, bits, peer, read, rng};
+use common::{assert_close, assert_differs, assert_same, bits, device, peer, read, rng};
 use tch::nn::Module;
 use tch::{Kind, Tensor};
 use tch_peft::{
@@ -23,7 +23,7 @@ fn fixtures() -> Option<&'static Path> {
 }
 
 fn llama(dir: &Path) -> Base<TorchScript> {
-    Base::torchscript(dir.join("llama/model.pt")).unwrap()
+    Base::torchscript_on_device(dir.join("llama/model.pt"), device()).unwrap()
 }
 
 fn next_token_loss(logits: &Tensor, ids: &Tensor) -> Tensor {

@@ -6,14 +6,14 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use common::{assert_same, fresh_dir, peer, python, read, write};
+use common::{assert_same, device, fresh_dir, peer, python, read, write};
 use tch::nn::{Init, VarStore};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use tch_peft::{Base, Error, Fp8Format, QuantConfig, QuantConfigBuilder, Scheme, Treatment};
 
 /// A store with variables of these names and shapes, zeros of f32.
 fn store(shapes: &BTreeMap<String, Vec<i64>>) -> VarStore {
-    let vs = VarStore::new(Device::Cpu);
+    let vs = VarStore::new(device());
     for (name, shape) in shapes {
         let (path, last) = name.rsplit_once('.').unwrap();
         let path = path.split('.').fold(vs.root(), |path, part| path.sub(part));
@@ -75,7 +75,7 @@ const QUANTO: [(&str, Config); 5] = [
 fn make(folder: &Path, case: &str, shapes: &BTreeMap<String, Vec<i64>>, config: &QuantConfig, kind: Kind) -> PathBuf {
     let mut vs = store(shapes);
     for (_, mut variable) in handles(&vs) {
-        let random = Tensor::randn(variable.size(), (Kind::Float, Device::Cpu)) * 0.3;
+        let random = Tensor::randn(variable.size(), (Kind::Float, device())) * 0.3;
         tch::no_grad(|| variable.copy_(&random));
     }
     match kind {
@@ -240,7 +240,7 @@ fn rules_choose_and_progress_is_told() {
     let mut told = Vec::new();
     let config = QuantConfig::nf4().rule("h.*.fc", Scheme::Int8).rule("conv", Scheme::INT4).build().unwrap();
     let options = tch_peft::QuantizeOptions::new()
-        .device(Device::Cpu)
+        .device(device())
         .progress(|p| told.push((p.weight.name.clone(), p.weight.scheme, p.done, p.total)));
     let base = Base::from(vs).quantize_with(&config, options).unwrap();
     let expected = [
@@ -298,7 +298,7 @@ fn damaged_companions_are_refused() {
                 let flat = t[key].flatten(0, -1);
                 t.insert(key.clone(), Tensor::cat(&[&flat, &flat], 0));
             });
-            refused("empty", &|t| drop(t.insert(key.clone(), Tensor::zeros([0], (t[key].kind(), Device::Cpu)))));
+            refused("empty", &|t| drop(t.insert(key.clone(), Tensor::zeros([0], (t[key].kind(), device())))));
             if read(path.join("model.safetensors"))[key].kind() == Kind::Float && !key.ends_with("quant_map") {
                 refused("NaN", &|t| drop(t.insert(key.clone(), t[key].full_like(f64::NAN))));
             }
@@ -357,10 +357,10 @@ fn buffers_may_be_missing_by_name() {
     let _rng = common::rng();
     let folder = fresh_dir("quant_files_buffers");
     let file = folder.join("model.safetensors");
-    let weight = Tensor::randn([8, 64], (Kind::Float, Device::Cpu));
+    let weight = Tensor::randn([8, 64], (Kind::Float, device()));
     write(&file, &[("a.fc.weight".to_string(), weight.shallow_clone())]);
     let base = || {
-        let vs = VarStore::new(Device::Cpu);
+        let vs = VarStore::new(device());
         let _ = (vs.root() / "a" / "fc").f_var("weight", &[8, 64], Init::Const(0.0)).unwrap();
         let rotary = vs.root() / "a" / "rotary_emb";
         let _ = rotary.f_var("inv_freq", &[16], Init::Const(0.5)).unwrap();
@@ -379,7 +379,7 @@ fn buffers_may_be_missing_by_name() {
         let base = base.allow_missing(entry).unwrap().load_and_quantize(&file, &config).unwrap();
         assert_eq!(base.quantization_report().weights().len(), 1);
         let values = values(&handles);
-        assert_same(entry, &values["a.rotary_emb.inv_freq"], &Tensor::full([16], 0.5, (Kind::Float, Device::Cpu)));
+        assert_same(entry, &values["a.rotary_emb.inv_freq"], &Tensor::full([16], 0.5, (Kind::Float, device())));
         let packed = tch_peft::quant::quantize("w", &weight, Scheme::Int8).unwrap();
         assert_same(entry, &values["a.fc.weight"], &packed.dequantize(Kind::Float).unwrap());
     }
@@ -388,7 +388,7 @@ fn buffers_may_be_missing_by_name() {
         assert!(matches!(base().0.allow_missing(entry), Err(Error::Config { .. })), "{entry}");
     }
     // Of what is to be packed, nothing may be missing.
-    write(&file, &[("a.rotary_emb.inv_freq".to_string(), Tensor::ones([16], (Kind::Float, Device::Cpu)))]);
+    write(&file, &[("a.rotary_emb.inv_freq".to_string(), Tensor::ones([16], (Kind::Float, device())))]);
     let (base, _) = base();
     let base = base.allow_missing("fc.weight").unwrap();
     missing(base.load_and_quantize(&file, &config).unwrap_err(), "a.fc.weight");

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{bits, fresh_dir, rng};
+use common::{bits, device, fresh_dir, rng};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tch::nn::{self, ModuleT};
@@ -13,7 +13,9 @@ use tch_peft::{
     Parts, QuantConfig, ResumePolicy, Run, Sampler, Schedule, Start, clip_grad_norm,
 };
 
-const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
+fn floats() -> (Kind, Device) {
+    (Kind::Float, device())
+}
 const STEPS: u64 = 12;
 
 /// Dropout of its own, so that more than the adapters draws random numbers.
@@ -34,7 +36,7 @@ impl ModuleT for Net {
 /// Random weights, the same each time.
 fn base(scheme: &str) -> Base<Net> {
     tch::manual_seed(3);
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let linear = |name: &str, inn, out| nn::linear(vs.root() / name, inn, out, Default::default());
     let net = Net { up: linear("up", 32, 80), mid: linear("mid", 80, 70), down: linear("down", 70, 4) };
     let base = Base::new(vs, net);
@@ -70,6 +72,7 @@ impl Trainer {
     }
 
     fn with(base: Base<Net>, config: impl Into<AdapterConfig>, run: Run) -> Self {
+        common::repeatable();
         tch::manual_seed(11);
         let model = LoraModel::wrap(base, config).unwrap();
         let optimizer =
@@ -90,7 +93,7 @@ impl Trainer {
         let mut losses = BTreeMap::new();
         while self.run.current_step() < until {
             let rows: Vec<i64> = self.sampler.next_batch().into_iter().map(|row| row as i64).collect();
-            let rows = Tensor::from_slice(&rows);
+            let rows = Tensor::from_slice(&rows).to_device(device());
             let output = self.model.forward(&images.index_select(0, &rows)).unwrap();
             let loss = output.cross_entropy_for_logits(&labels.index_select(0, &rows));
             losses.insert(self.run.current_step() + 1, f32::try_from(&loss).unwrap().to_bits());
@@ -111,9 +114,9 @@ impl Trainer {
 
 /// Examples, drawn by a generator that is no part of the run.
 fn data() -> (Tensor, Tensor) {
-    let numbers = Tensor::arange(50 * 32, CPU);
+    let numbers = Tensor::arange(50 * 32, floats());
     let images = (numbers * 12.9898).sin().view([50, 32]);
-    let labels = Tensor::arange(50, (Kind::Int64, Device::Cpu)).remainder(4);
+    let labels = Tensor::arange(50, (Kind::Int64, device())).remainder(4);
     (images, labels)
 }
 
@@ -168,7 +171,7 @@ fn an_interrupted_run_takes_the_same_steps_to_the_bit() {
             let mut part = Trainer::new(base(scheme), config(), run(&folder));
             // What a resumed process has drawn before doesn't matter.
             if resumed > 0 {
-                let _ = Tensor::randn([7], CPU);
+                let _ = Tensor::randn([7], floats());
             }
             part.start().unwrap();
             assert_eq!(part.run.current_step(), resumed, "{scheme}");

@@ -7,7 +7,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use common::{assert_close, assert_differs, assert_same, bits, read, rng};
+use common::{assert_close, assert_differs, assert_same, bits, device, read, rng};
 use tch::{Kind, Tensor};
 use tch_peft::{Base, Error, LoraConfig, LoraModel, QuantConfig, TorchScript};
 
@@ -21,7 +21,7 @@ fn fixtures() -> Option<&'static Path> {
 }
 
 fn load(dir: &Path, model: &str) -> Base<TorchScript> {
-    Base::torchscript(dir.join(model).join("model.pt")).unwrap()
+    Base::torchscript_on_device(dir.join(model).join("model.pt"), device()).unwrap()
 }
 
 fn loss(output: &Tensor, labels: &Tensor) -> Tensor {
@@ -195,7 +195,7 @@ fn a_quantised_base_computes_with_its_values() {
                 }
             }
             module.save(&path).unwrap();
-            let dense = Base::torchscript(&path).unwrap();
+            let dense = Base::torchscript_on_device(&path, device()).unwrap();
 
             let [quantised, dense] = [quantised, dense]
                 .map(|base| iterate(&LoraModel::init_lora(base, folder.join("adapter")).unwrap(), &record));
@@ -210,7 +210,7 @@ fn a_quantised_base_computes_with_its_values() {
 fn a_frozen_module_is_refused_by_name() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
     let path = dir.join("frozen.pt");
-    let error = Base::torchscript(&path).unwrap_err();
+    let error = Base::torchscript_on_device(&path, device()).unwrap_err();
     assert!(matches!(&error, Error::NoParameters { path: found } if *found == path), "{error}");
     assert!(error.to_string().contains("frozen.pt") && error.to_string().contains("torch.jit.freeze"), "{error}");
 }
@@ -218,12 +218,12 @@ fn a_frozen_module_is_refused_by_name() {
 #[test]
 fn a_file_that_is_no_module_is_an_error() {
     let (Some(dir), _rng) = (fixtures(), rng()) else { return };
-    assert!(matches!(Base::torchscript(dir.join("missing.pt")), Err(Error::Io { .. })));
+    assert!(matches!(Base::torchscript_on_device(dir.join("missing.pt"), device()), Err(Error::Io { .. })));
     let whole = std::fs::read(dir.join("mlp-tiny/model.pt")).unwrap();
     for (name, bytes) in [("cut.pt", &whole[..whole.len() / 2]), ("text.pt", b"no module"), ("empty.pt", b"")] {
         let path = dir.join(name);
         std::fs::write(&path, bytes).unwrap();
-        assert!(Base::torchscript(&path).is_err(), "{name}");
+        assert!(Base::torchscript_on_device(&path, device()).is_err(), "{name}");
     }
 }
 

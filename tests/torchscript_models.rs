@@ -9,9 +9,9 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use common::{assert_close, assert_differs, peer, python, read, relative_error, rng};
+use common::{assert_close, assert_differs, device, peer, python, read, relative_error, rng};
 use serde_json::Value;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use tch_peft::{Base, Error, LoraConfig, LoraModel, QuantConfig, TorchScript};
 
 const ITERATIONS: usize = 6;
@@ -47,9 +47,9 @@ impl Run {
     fn base(&self) -> Base<TorchScript> {
         let module = self.export.join("model.pt");
         if self.text("kind") == "bf16" {
-            return Base::torchscript_to(module, Device::Cpu, Kind::BFloat16).unwrap();
+            return Base::torchscript_to(module, device(), Kind::BFloat16).unwrap();
         }
-        let base = Base::torchscript(module).unwrap();
+        let base = Base::torchscript_on_device(module, device()).unwrap();
         if self.text("kind") != "nf4" {
             return base;
         }
@@ -145,9 +145,11 @@ fn every_export_is_what_its_record_says() {
     for run in Run::all(dir).into_iter().filter(|run| run.text("kind") == "dense") {
         let record: Value = serde_json::from_slice(&std::fs::read(run.export.join("export.json")).unwrap()).unwrap();
         let name = run.text("name");
-        let mut model =
-            LoraModel::init_lora(Base::torchscript(run.export.join("model.pt")).unwrap(), run.folder.join("start"))
-                .unwrap();
+        let mut model = LoraModel::init_lora(
+            Base::torchscript_on_device(run.export.join("model.pt"), device()).unwrap(),
+            run.folder.join("start"),
+        )
+        .unwrap();
         model.eval().unwrap();
         let names = model.base().weight_names();
         for parameter in record["parameters"].as_array().unwrap() {
@@ -187,7 +189,7 @@ fn every_export_runs_in_every_dtype() {
             ("float16", Kind::Half, 2e-3),
             ("bfloat16", Kind::BFloat16, 1e-2),
         ] {
-            let base = Base::torchscript_to(folder.join("model.pt"), Device::Cpu, kind).unwrap();
+            let base = Base::torchscript_to(folder.join("model.pt"), device(), kind).unwrap();
             let mut model =
                 LoraModel::wrap(base, LoraConfig::builder().target_modules("all-linear").build().unwrap()).unwrap();
             model.eval().unwrap();
@@ -205,7 +207,7 @@ fn every_export_runs_in_every_dtype() {
     }
     assert_eq!(models, 12);
     let bound = dir.join("bound/model.pt");
-    assert!(matches!(Base::torchscript_to(bound, Device::Cpu, Kind::Int64), Err(Error::Config { .. })));
+    assert!(matches!(Base::torchscript_to(bound, device(), Kind::Int64), Err(Error::Config { .. })));
 }
 
 /// Folders of `transformers` and `diffusers` through the command line.
@@ -224,7 +226,8 @@ fn folders_of_pretrained_models_are_exported() {
         let inputs = record["inputs"].as_array().unwrap().iter().map(|input| &example[input["name"].as_str().unwrap()]);
         let inputs: Vec<&Tensor> = inputs.collect();
         let config = LoraConfig::builder().target_modules("all-linear").build().unwrap();
-        let mut model = LoraModel::wrap(Base::torchscript(folder.join("model.pt")).unwrap(), config).unwrap();
+        let mut model =
+            LoraModel::wrap(Base::torchscript_on_device(folder.join("model.pt"), device()).unwrap(), config).unwrap();
         let train = model.module().forward_ts(&inputs).unwrap();
         model.eval().unwrap();
         let eval = model.module().forward_ts(&inputs).unwrap();

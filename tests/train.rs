@@ -3,8 +3,8 @@
 mod common;
 
 use common::training::{float, handles, parameter, references, set_grad, tensor};
-use common::{assert_same, bits};
-use tch::{Device, Kind, Tensor};
+use common::{assert_same, bits, device};
+use tch::{Kind, Tensor};
 use tch_peft::{Anneal, Error, RngState, Sampler, Schedule, clip_grad_norm, clip_grad_value};
 
 #[test]
@@ -15,7 +15,7 @@ fn clipping_is_torchs_bit_by_bit() {
         let grads: Vec<_> = (0..2).map(|i| tensor(&case["grads"][i], &shape(i), Kind::Float)).collect();
         let mut parameters: Vec<_> = grads.iter().map(|g| parameter("p", g.zeros_like())).collect();
         // One without a gradient doesn't matter.
-        parameters.push(parameter("unused", Tensor::ones([2], (Kind::Float, Device::Cpu))));
+        parameters.push(parameter("unused", Tensor::ones([2], (Kind::Float, device()))));
         for (parameter, grad) in parameters.iter().zip(&grads) {
             set_grad(&parameter.tensor, grad);
         }
@@ -40,16 +40,16 @@ fn clipping_is_torchs_bit_by_bit() {
 
 #[test]
 fn clipping_refuses_what_is_not_finite_and_changes_nothing() {
-    let one = parameter("one", Tensor::ones([2], (Kind::Float, Device::Cpu)));
+    let one = parameter("one", Tensor::ones([2], (Kind::Float, device())));
     assert_eq!(clip_grad_norm(&handles(std::slice::from_ref(&one)), 1.0).unwrap(), 0.0);
-    set_grad(&one.tensor, &Tensor::from_slice(&[3.0f32, 4.0]));
-    let bad = parameter("bad", Tensor::ones([2], (Kind::Float, Device::Cpu)));
-    set_grad(&bad.tensor, &Tensor::from_slice(&[f32::NAN, 1.0]));
+    set_grad(&one.tensor, &Tensor::from_slice(&[3.0f32, 4.0]).to_device(device()));
+    let bad = parameter("bad", Tensor::ones([2], (Kind::Float, device())));
+    set_grad(&bad.tensor, &Tensor::from_slice(&[f32::NAN, 1.0]).to_device(device()));
     let error = clip_grad_norm(&[one, bad], 1.0).unwrap_err();
     assert!(matches!(&error, Error::NotFinite { name, .. } if name == "the gradient of bad"), "{error}");
 
-    let one = parameter("one", Tensor::ones([2], (Kind::Float, Device::Cpu)));
-    set_grad(&one.tensor, &Tensor::from_slice(&[3.0f32, 4.0]));
+    let one = parameter("one", Tensor::ones([2], (Kind::Float, device())));
+    set_grad(&one.tensor, &Tensor::from_slice(&[3.0f32, 4.0]).to_device(device()));
     assert!(matches!(clip_grad_norm(&handles(std::slice::from_ref(&one)), f64::NAN), Err(Error::Config { .. })));
     assert!(matches!(clip_grad_value(&handles(std::slice::from_ref(&one)), 0.0), Err(Error::Config { .. })));
     assert_eq!(Vec::<f32>::try_from(one.tensor.grad()).unwrap(), [3.0, 4.0]);
@@ -210,16 +210,16 @@ fn positions_of_the_first_version_are_read() {
 #[test]
 fn random_numbers_repeat_from_a_saved_state() {
     let _rng = common::rng();
-    let draw = || bits(&Tensor::randn([5], (Kind::Float, Device::Cpu)));
+    let draw = || bits(&Tensor::randn([5], (Kind::Float, device())));
     tch::manual_seed(1);
     // An odd count: half of a Box-Muller pair waits in the generator.
     let _ = draw();
-    let state = RngState::capture(&[Device::Cpu]).unwrap();
+    let state = RngState::capture(&[device()]).unwrap();
     let text = serde_json::to_string(&state).unwrap();
     let first = [draw(), draw()];
     let read: RngState = serde_json::from_str(&text).unwrap();
     assert_eq!(read, state);
-    read.check(&[]).unwrap();
+    read.check(&[device()]).unwrap();
     read.restore().unwrap();
     assert_eq!([draw(), draw()], first);
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::training::{copies, float, handles, parameter, references, set_grad, tensor};
-use common::{assert_close, assert_same, bits};
+use common::{assert_close, assert_same, bits, device};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -59,7 +59,7 @@ fn refuse(stateful: &mut dyn Stateful, change: impl Fn(&mut State)) -> String {
 }
 
 fn two() -> Vec<NamedParameter> {
-    let numbers = |n: i64| Tensor::arange(n, (Kind::Float, Device::Cpu));
+    let numbers = |n: i64| Tensor::arange(n, (Kind::Float, device()));
     vec![parameter("a", numbers(6).view([2, 3])), parameter("b", numbers(4))]
 }
 
@@ -92,7 +92,7 @@ fn the_average_is_that_of_diffusers() {
 
 #[test]
 fn an_average_of_bf16_weights_still_moves() {
-    let p = Tensor::ones([8], (Kind::BFloat16, Device::Cpu)).set_requires_grad(true);
+    let p = Tensor::ones([8], (Kind::BFloat16, device())).set_requires_grad(true);
     let parameters = vec![NamedParameter { name: "p".into(), tensor: p.shallow_clone() }];
     let mut ema = Ema::builder().decay(0.999).min_decay(0.999).build(parameters).unwrap();
     // The first update copies; the second moves by a thousandth of 0.5, which
@@ -102,7 +102,7 @@ fn an_average_of_bf16_weights_still_moves() {
     ema.update().unwrap();
     let average = &ema.export_state().unwrap().tensors["p"];
     assert_eq!(average.kind(), Kind::Float);
-    assert_close("average", average, &Tensor::full([8], 1.0005, (Kind::Float, Device::Cpu)), 1e-6);
+    assert_close("average", average, &Tensor::full([8], 1.0005, (Kind::Float, device())), 1e-6);
 }
 
 #[test]
@@ -144,7 +144,7 @@ fn the_loss_scale_is_that_of_torch() {
     let Some(torch) = reference("scaler") else { return };
     let new = || LossScaler::with_settings(1024.0, 1.7, 0.3, 3).unwrap();
     let mut scaler = new();
-    let p = [parameter("p", Tensor::from_slice(&[1.0f32, 2.0]))];
+    let p = [parameter("p", Tensor::from_slice(&[1.0f32, 2.0]).to_device(device()))];
     let mut sgd = Sgd::builder().lr(0.5).build(handles(&p)).unwrap();
     for (i, step) in torch.as_array().unwrap().iter().enumerate() {
         let value = |name: &str| tensor(&step[name], &json!([2]), Kind::Float);
@@ -191,7 +191,7 @@ fn a_loss_scaler_refuses_by_name() {
         let refused = LossScaler::with_settings(scale, growth, backoff, interval);
         assert!(matches!(refused, Err(Error::Config { field: found, .. }) if found == field));
     }
-    let half = [parameter("half", Tensor::ones([2], (Kind::Half, Device::Cpu)))];
+    let half = [parameter("half", Tensor::ones([2], (Kind::Half, device())))];
     set_grad(&half[0].tensor, &half[0].tensor.detach());
     assert!(matches!(scaler.unscale(&half), Err(Error::Mismatch { name, .. }) if name == "the gradient of half"));
 }
@@ -258,18 +258,18 @@ fn the_generators_stream_is_that_of_a_second_implementation() {
     let Some(python) = reference("normal") else { return };
     let mut random = Generator::new(42);
     let list = |name: &str| python[name].as_array().unwrap().iter().map(float).collect::<Vec<f64>>();
-    let uniform = random.uniform(&[10, 100], Device::Cpu).unwrap();
+    let uniform = random.uniform(&[10, 100], device()).unwrap();
     assert_eq!(uniform.size(), [10, 100]);
     assert_eq!(
         Vec::<f32>::try_from(uniform.flatten(0, -1)).unwrap(),
         list("uniform").iter().map(|&x| x as f32).collect::<Vec<_>>()
     );
-    let normal = Vec::<f32>::try_from(random.normal(&[1000], Device::Cpu).unwrap()).unwrap();
+    let normal = Vec::<f32>::try_from(random.normal(&[1000], device()).unwrap()).unwrap();
     for (found, expected) in normal.iter().zip(list("normal")) {
         // f64 arithmetic that differs in the last digits, rounded to f32.
         assert!((f64::from(*found) - expected).abs() <= 6e-8 * expected.abs().max(1e-3), "{found}, not {expected}");
     }
-    let integers = Vec::<i64>::try_from(random.integers(-7, 993, &[1000], Device::Cpu).unwrap()).unwrap();
+    let integers = Vec::<i64>::try_from(random.integers(-7, 993, &[1000], device()).unwrap()).unwrap();
     assert_eq!(json!(integers), python["integers"]);
     assert_eq!(random.drawn(), 3000);
 }
@@ -278,28 +278,28 @@ fn the_generators_stream_is_that_of_a_second_implementation() {
 fn a_generators_stream_never_changes_and_goes_on_exactly() {
     let mut random = Generator::new(7);
     // From this crate's first version; runs that are under way rely on them.
-    let first = random.integers(0, 1 << 40, &[3], Device::Cpu).unwrap();
+    let first = random.integers(0, 1 << 40, &[3], device()).unwrap();
     let state = saved(random.export_state().unwrap());
     assert_eq!(
         (state.settings.to_string(), state.values.to_string()),
         (r#"{"seed":7}"#.into(), r#"{"drawn":3}"#.into())
     );
-    let straight = random.normal(&[5, 2], Device::Cpu).unwrap();
+    let straight = random.normal(&[5, 2], device()).unwrap();
     let mut resumed = Generator::new(7);
     resumed.import_state(state).unwrap();
-    assert_same("resumed", &resumed.normal(&[5, 2], Device::Cpu).unwrap(), &straight);
-    assert_same("again", &Generator::new(7).integers(0, 1 << 40, &[3], Device::Cpu).unwrap(), &first);
-    let other = Generator::new(8).integers(0, 1 << 40, &[3], Device::Cpu).unwrap();
+    assert_same("resumed", &resumed.normal(&[5, 2], device()).unwrap(), &straight);
+    assert_same("again", &Generator::new(7).integers(0, 1 << 40, &[3], device()).unwrap(), &first);
+    let other = Generator::new(8).integers(0, 1 << 40, &[3], device()).unwrap();
     assert_ne!(bits(&other), bits(&first));
 
-    let many = random.normal(&[400_000], Device::Cpu).unwrap().to_kind(Kind::Double);
+    let many = random.normal(&[400_000], device()).unwrap().to_kind(Kind::Double);
     let moment = |power: i32| many.pow_tensor_scalar(i64::from(power)).mean(Kind::Double).double_value(&[]);
     assert!(moment(1).abs() < 0.01 && (moment(2) - 1.0).abs() < 0.01 && (moment(4) - 3.0).abs() < 0.1);
 
     let error = refuse(&mut random, |state| state.settings["seed"] = 8.into());
     assert!(error.contains("seed: recorded 8, given 7"), "{error}");
-    assert!(matches!(random.integers(3, 3, &[1], Device::Cpu), Err(Error::Config { .. })));
-    assert!(matches!(random.normal(&[-1], Device::Cpu), Err(Error::Config { .. })));
+    assert!(matches!(random.integers(3, 3, &[1], device()), Err(Error::Config { .. })));
+    assert!(matches!(random.normal(&[-1], device()), Err(Error::Config { .. })));
 }
 
 #[test]
@@ -321,15 +321,15 @@ fn a_callers_own_value_comes_back_typed() {
 
 #[test]
 fn autocast_regions_nest_and_end() {
-    let x = Tensor::ones([4, 4], (Kind::Float, Device::Cpu));
+    let x = Tensor::ones([4, 4], (Kind::Float, device()));
     let product = || x.matmul(&x).kind();
     {
-        let _outer = Autocast::new(Device::Cpu, Kind::BFloat16).unwrap();
+        let _outer = Autocast::new(device(), Kind::BFloat16).unwrap();
         assert_eq!(product(), Kind::BFloat16);
         {
-            let _inner = Autocast::disabled(Device::Cpu).unwrap();
+            let _inner = Autocast::disabled(device()).unwrap();
             assert_eq!(product(), Kind::Float);
-            let _half = Autocast::new(Device::Cpu, Kind::Half).unwrap();
+            let _half = Autocast::new(device(), Kind::Half).unwrap();
             assert_eq!(product(), Kind::Half);
         }
         assert_eq!(product(), Kind::BFloat16);
@@ -338,7 +338,7 @@ fn autocast_regions_nest_and_end() {
         assert_eq!(std::thread::spawn(move || copy.matmul(&copy).kind()).join().unwrap(), Kind::Float);
     }
     assert_eq!(product(), Kind::Float);
-    assert!(matches!(Autocast::new(Device::Cpu, Kind::Float), Err(Error::Config { .. })));
+    assert!(matches!(Autocast::new(device(), Kind::Float), Err(Error::Config { .. })));
     assert!(matches!(Autocast::new(Device::Mps, Kind::Half), Err(Error::Config { .. })));
 }
 
@@ -357,7 +357,7 @@ fn checkpointed_gradients_are_those_of_torch() {
         let (x, up, down) = (value("x", [4, 8]), value("up", [32, 8]), value("down", [8, 32]));
         let loss = {
             let _autocast = match kind {
-                Kind::BFloat16 => Some(Autocast::new(Device::Cpu, kind).unwrap()),
+                Kind::BFloat16 => Some(Autocast::new(device(), kind).unwrap()),
                 _ => None,
             };
             let y = checkpoint_activations(block(&up, &down), &[&x]).unwrap();
@@ -378,7 +378,7 @@ fn checkpointing_changes_no_bit_not_even_of_dropout() {
     let _rng = common::rng();
     let gradients = |checkpointed: bool, input_wants: bool| {
         tch::manual_seed(3);
-        let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, device())).set_requires_grad(true);
         let blocks: Vec<_> = (0..3).map(|_| (random([64, 16]), random([16, 64]))).collect();
         let start = random([8, 16]).set_requires_grad(input_wants);
         let mut x = start.shallow_clone();
@@ -387,17 +387,17 @@ fn checkpointing_changes_no_bit_not_even_of_dropout() {
             let f = move |x: &[Tensor]| Ok(inner(x)?.f_dropout(0.5, true)?.f_add(&x[0])?);
             x = if checkpointed { checkpoint_activations(f, &[&x]).unwrap() } else { f(&[x]).unwrap() };
         }
-        let drawn = bits(&Tensor::randn([4], (Kind::Float, Device::Cpu)));
+        let drawn = bits(&Tensor::randn([4], (Kind::Float, device())));
         x.square().sum(Kind::Float).backward();
         // The backward pass leaves the generator as it was.
-        let after = bits(&Tensor::randn([4], (Kind::Float, Device::Cpu)));
+        let after = bits(&Tensor::randn([4], (Kind::Float, device())));
         let grads: Vec<_> = blocks.iter().flat_map(|(up, down)| [bits(&up.grad()), bits(&down.grad())]).collect();
         (bits(&x), grads, if input_wants { bits(&start.grad()) } else { vec![] }, drawn, after)
     };
     assert!(gradients(false, true) == gradients(true, true));
     assert!(gradients(false, false) == gradients(true, false));
     // Without gradients it is a plain call.
-    let x = Tensor::ones([1, 2], (Kind::Float, Device::Cpu));
+    let x = Tensor::ones([1, 2], (Kind::Float, device()));
     let y = tch::no_grad(|| checkpoint_activations(|x| Ok(x[0].f_add_scalar(1.0)?), &[&x]).unwrap());
     assert!(!y.requires_grad());
 }
@@ -413,7 +413,7 @@ fn nothing_between_is_kept_for_the_backward_pass() {
             sink.lock().unwrap().push(y.shallow_clone());
             Ok(y.f_mul_scalar(2.0)?)
         };
-        let x = Tensor::zeros([4], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let x = Tensor::zeros([4], (Kind::Float, device())).set_requires_grad(true);
         let y = if checkpointed { checkpoint_activations(f, &[&x]) } else { f(&[x.shallow_clone()]) }.unwrap();
         // What is kept must not be changed in place.
         let mut kept = between.lock().unwrap().remove(0);
@@ -442,7 +442,7 @@ fn checkpointed_blocks_take_less_memory() {
     // of this size back to the system as they are freed.
     let grown = |checkpointed: bool| {
         let f = |x: &[Tensor]| Ok(x[0].f_sin()?.f_cos()?.f_sin()?.f_cos()?);
-        let mut x = Tensor::zeros([10 << 20], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let mut x = Tensor::zeros([10 << 20], (Kind::Float, device())).set_requires_grad(true);
         let before = resident();
         for _ in 0..3 {
             x = if checkpointed { checkpoint_activations(f, &[&x]).unwrap() } else { f(&[x]).unwrap() };
@@ -457,14 +457,14 @@ fn checkpointed_blocks_take_less_memory() {
 
 #[test]
 fn errors_and_misuse_of_checkpointing_surface() {
-    let x = Tensor::ones([2, 2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    let x = Tensor::ones([2, 2], (Kind::Float, device())).set_requires_grad(true);
     let refused = checkpoint_activations(
         |_| Err(Error::Config { field: "f".into(), expected: "no".into(), found: "error".into() }),
         &[&x],
     );
     assert!(matches!(refused, Err(Error::Config { field, .. }) if field == "f"));
     assert!(
-        tch::Tensor::ones([1], (Kind::Float, Device::Cpu))
+        tch::Tensor::ones([1], (Kind::Float, device()))
             .set_requires_grad(true)
             .f_mul_scalar(1.0)
             .unwrap()

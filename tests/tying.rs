@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::{assert_close, assert_differs, assert_same, fresh_dir, peer, python, read, rng};
-use tch::{Device, Kind, Tensor, nn};
+use common::{assert_close, assert_differs, assert_same, device, fresh_dir, peer, python, read, rng};
+use tch::{Kind, Tensor, nn};
 use tch_peft::{Base, Error, LoraConfig, LoraModel, MergeOptions};
 
 const STEPS: usize = 3;
@@ -17,7 +17,7 @@ fn tied_weights_follow_peft_and_peft_follows_us() {
     }
     let (dir, _rng) = (fresh_dir("tying"), rng());
     peer("tying_reference.py", &["make".as_ref(), dir.as_os_str()]);
-    let base = || Base::torchscript(dir.join("model.pt")).unwrap();
+    let base = || Base::torchscript_on_device(dir.join("model.pt"), device()).unwrap();
     let mut cases = 0;
     for entry in std::fs::read_dir(&dir).unwrap() {
         let folder = entry.unwrap().path();
@@ -86,7 +86,7 @@ fn tied_weights_follow_peft_and_peft_follows_us() {
 #[test]
 fn dropout_is_on_the_output_layer_alone() {
     let _rng = rng();
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let embed = nn::embedding(vs.root() / "embed", 9, 8, Default::default());
     let config = LoraConfig::builder().r(2).target_modules(["embed"]).ensure_weight_tying(true).lora_dropout(0.5);
     let mut model = LoraModel::wrap(vs, config.build().unwrap()).unwrap();
@@ -95,8 +95,8 @@ fn dropout_is_on_the_output_layer_alone() {
         let _ = p.tensor.shallow_clone().normal_(0.0, 0.5);
     }
     model.add_adapter("second", LoraConfig::builder().target_modules(["embed"]).build().unwrap()).unwrap();
-    let ids = Tensor::from_slice(&[0i64, 3, 5, 8]);
-    let x = Tensor::randn([4, 8], (Kind::Float, Device::Cpu));
+    let ids = Tensor::from_slice(&[0i64, 3, 5, 8]).to_device(device());
+    let x = Tensor::randn([4, 8], (Kind::Float, device()));
     // First of two, and second: the node, and what is added to it.
     for order in [["default", "second"], ["second", "default"]] {
         model.set_adapter(order).unwrap();
@@ -114,10 +114,10 @@ fn dropout_is_on_the_output_layer_alone() {
 fn one_variable_with_two_uses() {
     let _rng = rng();
     for tied in [false, true] {
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         let embed = nn::embedding(vs.root() / "embed", 9, 8, Default::default());
         let run = |ids: &Tensor| ids.apply(&embed).tanh().matmul(&embed.ws.tr());
-        let ids = Tensor::from_slice(&[0i64, 3, 5, 8]);
+        let ids = Tensor::from_slice(&[0i64, 3, 5, 8]).to_device(device());
         let table = embed.ws.detach().copy();
         let config = LoraConfig::builder().r(2).target_modules(["embed"]).ensure_weight_tying(tied).build().unwrap();
         let model = LoraModel::wrap(vs, config).unwrap();
@@ -141,7 +141,7 @@ fn one_variable_with_two_uses() {
 fn what_makes_no_sense_is_refused_by_name() {
     let _rng = rng();
     let wrap = |config: tch_peft::LoraConfigBuilder| {
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         let embed = nn::embedding(vs.root() / "embed", 9, 8, Default::default());
         let _ = (vs.root() / "head").add("weight", embed.ws.shallow_clone(), true);
         let _ = nn::linear(vs.root() / "lin", 8, 8, Default::default());

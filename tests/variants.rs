@@ -7,7 +7,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{assert_close, assert_differs, assert_same, peer, python, rng};
+use common::{assert_close, assert_differs, assert_same, device, peer, python, rng};
 use tch::nn::{self, ModuleT};
 use tch::{Device, Kind, Tensor};
 use tch_peft::{
@@ -85,7 +85,9 @@ fn what_the_builders_make_is_read_by_peft() {
     peer("variants_reference.py", &["check".as_ref(), dir.as_os_str()]);
 }
 
-const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
+fn floats() -> (Kind, Device) {
+    (Kind::Float, device())
+}
 
 #[derive(Debug)]
 struct Net {
@@ -100,7 +102,7 @@ impl ModuleT for Net {
 }
 
 fn base() -> Base<Net> {
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let linear = |name: &str, inn, out| nn::linear(vs.root() / name, inn, out, Default::default());
     let net = Net { up: linear("up", 32, 48), down: linear("down", 48, 8) };
     Base::new(vs, net)
@@ -128,7 +130,7 @@ fn lokr() -> LokrConfig {
 fn kinds_of_adapters_stand_side_by_side() {
     let _rng = rng();
     tch::manual_seed(1);
-    let x = Tensor::randn([6, 32], CPU);
+    let x = Tensor::randn([6, 32], floats());
     for quantized in [false, true] {
         let base = if quantized { base().quantize(&QuantConfig::nf4().build().unwrap()).unwrap() } else { base() };
         let lora = LoraConfig::builder().target_modules(["down"]).init_lora_weights(false).build().unwrap();
@@ -196,7 +198,7 @@ fn what_has_no_such_adapter_is_refused_by_name() {
         );
     };
     let weight = |sizes: &[i64]| {
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         let _ = vs.root().sub("layer").var("weight", sizes, nn::Init::Const(0.5));
         Base::from(vs)
     };
@@ -219,7 +221,7 @@ fn dropping_everything_is_not_a_number_less() {
     tch::manual_seed(5);
     let config = LohaConfig::builder().init_weights(false).rank_dropout(0.99).target_modules(["down"]).build().unwrap();
     let model = LoraModel::wrap(base(), config).unwrap();
-    let x = Tensor::randn([3, 32], CPU);
+    let x = Tensor::randn([3, 32], floats());
     for _ in 0..20 {
         assert!(bool::try_from(model.forward(&x).unwrap().isfinite().all()).unwrap());
     }

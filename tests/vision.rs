@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{assert_close, assert_differs, assert_same, bits, rng};
+use common::{assert_close, assert_differs, assert_same, bits, device, rng};
 use tch::nn::{self, ModuleT};
 use tch::vision::dinov2::DinoVisionTransformer;
 use tch::vision::resnet;
@@ -13,7 +13,9 @@ use tch_peft::{AdamW, Base, ForwardModule, LoraConfig, LoraModel, NamedParameter
 
 /// f32, relative to the norm.
 const TOLERANCE: f64 = 1e-5;
-const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
+fn floats() -> (Kind, Device) {
+    (Kind::Float, device())
+}
 const CLASSES: i64 = 10;
 
 fn schemes() -> [Option<QuantConfig>; 4] {
@@ -80,11 +82,11 @@ fn descends<M: ForwardModule>(what: &str, model: &LoraModel<M>, images: &Tensor,
 fn the_final_linear_of_a_resnet() {
     let _rng = rng();
     tch::manual_seed(1);
-    let images = Tensor::randn([4, 3, 64, 64], CPU);
-    let labels = Tensor::from_slice(&[1i64, 7, 3, 3]);
-    let start = nn::VarStore::new(Device::Cpu);
+    let images = Tensor::randn([4, 3, 64, 64], floats());
+    let labels = Tensor::from_slice(&[1i64, 7, 3, 3]).to_device(device());
+    let start = nn::VarStore::new(device());
     let plain = resnet::resnet18(&start.root(), CLASSES);
-    let mut frozen = nn::VarStore::new(Device::Cpu);
+    let mut frozen = nn::VarStore::new(device());
     let features = resnet::resnet18_no_final_layer(&frozen.root());
     copy(&start, &frozen);
     frozen.freeze();
@@ -93,7 +95,7 @@ fn the_final_linear_of_a_resnet() {
 
     for scheme in schemes() {
         let label_ = label(&scheme);
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         let net = resnet::resnet18(&vs.root(), CLASSES);
         copy(&start, &vs);
         let mut base = Base::new(vs, net);
@@ -155,16 +157,16 @@ fn dino(vs: &nn::VarStore, seed: i64) -> DinoVisionTransformer {
 fn the_attention_of_dinov2() {
     let _rng = rng();
     tch::manual_seed(2);
-    let images = Tensor::randn([3, 3, 28, 42], CPU);
-    let labels = Tensor::from_slice(&[10i64, 700, 33]);
-    let start = nn::VarStore::new(Device::Cpu);
+    let images = Tensor::randn([3, 3, 28, 42], floats());
+    let labels = Tensor::from_slice(&[10i64, 700, 33]).to_device(device());
+    let start = nn::VarStore::new(device());
     let plain = dino(&start, 5);
     let expected_base = plain.forward_t(&images, false).detach();
     let scaling = 8.0 / 4.0;
 
     for scheme in schemes() {
         let label_ = label(&scheme);
-        let vs = nn::VarStore::new(Device::Cpu);
+        let vs = nn::VarStore::new(device());
         let net = dino(&vs, 5);
         copy(&start, &vs);
         let mut base = Base::new(vs, net);
@@ -189,7 +191,7 @@ fn the_attention_of_dinov2() {
         randomise(&model.trainable_parameters());
 
         // The same network without adapters, whose weights are W + s·B·A.
-        let twin_vs = nn::VarStore::new(Device::Cpu);
+        let twin_vs = nn::VarStore::new(device());
         let twin = dino(&twin_vs, 5);
         copy(&start, &twin_vs);
         {
@@ -229,12 +231,12 @@ fn the_attention_of_dinov2() {
 #[test]
 fn quantising_before_and_after_wrapping_is_the_same() {
     let _rng = rng();
-    let images = Tensor::randn([2, 3, 28, 28], CPU);
-    let labels = Tensor::from_slice(&[10i64, 700]);
+    let images = Tensor::randn([2, 3, 28, 28], floats());
+    let labels = Tensor::from_slice(&[10i64, 700]).to_device(device());
     let config = LoraConfig::builder().r(4).target_modules("all-linear").build().unwrap();
     for scheme in schemes().into_iter().flatten() {
         let [before, after] = [true, false].map(|first| {
-            let vs = nn::VarStore::new(Device::Cpu);
+            let vs = nn::VarStore::new(device());
             // Seeds the generator: both draw the same weights, and then the same adapters.
             tch::manual_seed(8);
             let net = dino(&vs, 5);

@@ -1,12 +1,19 @@
 //! Figures to files: `--csv FILE` after the dashes of `cargo bench`.
 
+#![allow(dead_code)]
+
 use std::path::{Path, PathBuf};
 
 /// The file that the command line asks for.
 pub fn csv_file() -> Option<PathBuf> {
-    let mut args = std::env::args_os();
-    args.find(|arg| arg == "--csv")?;
-    args.next().map(PathBuf::from)
+    value("--csv").map(PathBuf::from)
+}
+
+/// What stands behind this option.
+pub fn value(option: &str) -> Option<String> {
+    let mut args = std::env::args();
+    args.find(|arg| arg == option)?;
+    args.next()
 }
 
 /// Writes the lines below one that tells what was measured, and where, and one with the columns' names.

@@ -1,7 +1,7 @@
 //! The peers of a bench: a Python process that answers on request.
 
 use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use serde_json::Value;
@@ -18,7 +18,8 @@ pub struct Peer {
 impl Peer {
     /// Starts the script in a process of its own.
     pub fn start(script: &str) -> Result<Self, Failure> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        // As in the tests: a bundle says where its scripts are.
+        let root = std::env::var_os("TCH_PEFT_ROOT").map_or(env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
         let python = std::env::var_os("TCH_PEFT_PYTHON").map_or(root.join("target/python/bin/python"), PathBuf::from);
         let mut child = Command::new(&python)
             .arg(root.join("benches/python").join(script))

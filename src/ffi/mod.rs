@@ -17,6 +17,7 @@ pub(crate) mod autograd;
 pub(crate) mod bytes;
 pub(crate) mod compute;
 pub(crate) mod context;
+pub(crate) mod cuda;
 pub(crate) mod generator;
 pub(crate) mod hook;
 pub(crate) mod mapped;

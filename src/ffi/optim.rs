@@ -19,6 +19,7 @@ struct List {
 unsafe extern "C" {
     fn tp_foreach_mul(list: List, factor: f64) -> *mut c_char;
     fn tp_foreach_add(list: List, other: List, alpha: f64) -> *mut c_char;
+    fn tp_foreach_add_scalar(list: List, value: f64) -> *mut c_char;
     fn tp_foreach_addcmul(list: List, a: List, b: List, value: f64) -> *mut c_char;
     fn tp_foreach_addcdiv(list: List, a: List, b: List, value: f64) -> *mut c_char;
     fn tp_foreach_clamp(list: List, least: f64, most: f64) -> *mut c_char;
@@ -55,6 +56,12 @@ pub(crate) fn foreach_mul(tensors: &[impl Borrow<Tensor>], factor: f64) -> Resul
 pub(crate) fn foreach_add(tensors: &[impl Borrow<Tensor>], other: &[impl Borrow<Tensor>], alpha: f64) -> Result<()> {
     // SAFETY: as above.
     with_lists([cells(tensors), cells(other)], |[list, other]| unsafe { tp_foreach_add(list, other, alpha) })
+}
+
+/// `x += value` for each.
+pub(crate) fn foreach_add_scalar(tensors: &[impl Borrow<Tensor>], value: f64) -> Result<()> {
+    // SAFETY: as above.
+    with_lists([cells(tensors)], |[list]| unsafe { tp_foreach_add_scalar(list, value) })
 }
 
 /// `x += value * a * b` for each.

@@ -1,7 +1,7 @@
 //! Settings and module facts of libtorch that tch doesn't bind.
 
 use super::{check, generator::device_index, own};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use std::ffi::{CStr, c_char, c_void};
 use tch::{CModule, Device, Kind, Tensor};
 use torch_sys::C_tensor;
@@ -17,6 +17,9 @@ unsafe extern "C" {
     fn tp_module_set_training(module: *mut c_void, on: bool) -> *mut c_char;
     fn tp_trim_heap();
     fn tp_cuda_status() -> *const c_char;
+    fn tp_set_deterministic(on: bool) -> bool;
+    fn tp_peak_memory(device: i32, bytes: *mut i64) -> *mut c_char;
+    fn tp_reset_peak_memory(device: i32) -> *mut c_char;
 }
 
 /// The dtype that autocast asks for on this device and thread, if it is on.
@@ -133,4 +136,78 @@ pub(crate) fn trim_heap() {
 pub fn cuda_status() -> String {
     // SAFETY: a static, NUL-terminated string.
     unsafe { CStr::from_ptr(tp_cuda_status()) }.to_string_lossy().into_owned()
+}
+
+/// The most bytes of a GPU's memory that tensors held at once since the program
+/// started, or since [`reset_peak_memory`]: `torch.cuda.max_memory_allocated`.
+///
+/// ```no_run
+/// use tch::{Device, Kind, Tensor};
+///
+/// let device = Device::Cuda(0);
+/// tch_peft::reset_peak_memory(device)?;
+/// drop(Tensor::zeros([1024, 1024], (Kind::Float, device)));
+/// assert!(tch_peft::peak_memory(device)? >= 4 << 20);
+/// # Ok::<(), tch_peft::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Config`] for another device than CUDA's; libtorch's.
+pub fn peak_memory(device: Device) -> Result<u64> {
+    let (index, mut bytes) = (cuda_index(device)?, 0);
+    // SAFETY: `bytes` is a cell of ours.
+    check(unsafe { tp_peak_memory(index, &mut bytes) })?;
+    Ok(bytes.max(0) as u64)
+}
+
+/// Lets [`peak_memory`] start again from what is held now.
+///
+/// # Errors
+/// [`Error::Config`] for another device than CUDA's; libtorch's.
+pub fn reset_peak_memory(device: Device) -> Result<()> {
+    // SAFETY: a plain call.
+    check(unsafe { tp_reset_peak_memory(cuda_index(device)?) })
+}
+
+fn cuda_index(device: Device) -> Result<i32> {
+    match device {
+        Device::Cuda(_) => device_index(device),
+        other => Err(Error::config("device", "a CUDA device, whose memory libtorch counts", format!("{other:?}"))),
+    }
+}
+
+/// Lets libtorch take algorithms only that give the same bits each time, and
+/// refuse operators that have none: `torch.use_deterministic_algorithms`, with
+/// cuDNN's search for the fastest convolution off. Answers whether it was on.
+///
+/// It holds for the whole program. On CUDA, libtorch also wants
+/// `CUBLAS_WORKSPACE_CONFIG=:4096:8` in the environment, and refuses products
+/// without it.
+///
+/// ```
+/// use tch::{Device, Kind, Tensor};
+///
+/// let mut values = Tensor::zeros([3], (Kind::Float, Device::Cpu));
+/// // Which of two values stays isn't said: an operator without a fixed order.
+/// let (both, two) = (Tensor::from_slice(&[1i64, 1]), Tensor::from_slice(&[5f32, 6.0]));
+/// assert!(!tch_peft::set_deterministic(true));
+/// assert!(values.f_put_(&both, &two, false).is_err());
+/// assert!(tch_peft::set_deterministic(false));
+/// assert!(values.f_put_(&both, &two, false).is_ok());
+/// ```
+pub fn set_deterministic(on: bool) -> bool {
+    // SAFETY: sets plain values of libtorch's.
+    unsafe { tp_set_deterministic(on) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_gpus_memory_is_counted() {
+        for error in [peak_memory(Device::Cpu).unwrap_err(), reset_peak_memory(Device::Mps).unwrap_err()] {
+            assert!(matches!(&error, Error::Config { .. }) && error.to_string().contains("CUDA"), "{error}");
+        }
+    }
 }

@@ -89,7 +89,8 @@ impl NamedAdapter {
         let mut tensors = BTreeMap::new();
         for parameter in self.tensors() {
             let (key, now) = (parameter.name, parameter.tensor.f_detach()?);
-            let before = initial.get(&key).map(|tensor| tensor.f_to_kind(now.f_kind()?)).transpose()?;
+            let like_now = |tensor: &Tensor| tensor.f_to_device(now.device())?.f_to_kind(now.f_kind()?);
+            let before = initial.get(&key).map(like_now).transpose()?;
             let value = match before {
                 Some(before) if is_factor(&key, "A") => Tensor::f_cat(&[now, before], 0)?,
                 Some(before) if is_factor(&key, "B") => Tensor::f_cat(&[now, before.f_neg()?], 1)?,

@@ -195,6 +195,21 @@ impl PackedWeight for Affine {
         out.f_copy_(&values.f_view([rows, columns])?)?;
         Ok(())
     }
+
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+        let Layout { bits, size, byte_rows, .. } = self.layout;
+        let of_row = self.shape()[1] / size;
+        let first = index.f_mul_scalar(of_row)?.f_unsqueeze(1)?;
+        let groups = first.f_add(&Tensor::f_arange(of_row, (Kind::Int64, self.meta.device))?)?.f_view([-1])?;
+        let bytes = self.data.get().f_index_select(0, &groups.f_remainder(byte_rows)?)?;
+        let bit = groups.f_divide_scalar_mode(byte_rows, "floor")?.f_mul_scalar(bits)?;
+        let codes = bytes.f_bitwise_right_shift(&bit.f_to_kind(Kind::Uint8)?.f_unsqueeze(1)?)?;
+        let codes = codes.f_bitwise_and(self.layout.top())?.f_to_kind(self.meta.kind)?;
+        let [scale, shift] = [&self.scale, &self.shift].map(|t| super::select(&t.get(), &groups));
+        let values = codes.f_mul(&scale?)?.f_sub_(&shift?)?;
+        out.f_copy_(&values.f_view(out.size().as_slice())?)?;
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@
 //! each element of dX is the result of one product; where only rows can be
 //! unpacked, the parts of dX are added up in f32.
 
-use super::cpu::{self, Op};
 use super::frozen::convolve;
+use super::op::{self, Op};
 use super::{PackedWeight, tiles};
 use crate::error::{Error, Result};
 use crate::ffi::hook::ConvolutionForm;
@@ -144,7 +144,7 @@ pub(super) fn input_gradient(
             let slice = Slice { rows: rows.clone(), channels, groups: 1 };
             tiles::with_scratch(of_group, count * kernel, kind, device, |tile| {
                 let columns = start * kernel..(start + count) * kernel;
-                unpacked = cpu::run(weight, Op::Unpack { row: rows.start, columns, out: tile })?;
+                unpacked = op::run(weight, Op::Unpack { row: rows.start, columns, out: tile })?;
                 if unpacked {
                     narrow(&dx, 1, &slice.channels)?.f_copy_(&part(&slice, tile)?)?;
                 }

@@ -4,42 +4,16 @@
 use super::kernels::{
     self, Absmax, Bytes, Codes, Double, Dtype, E4m3, E5m2, Float, Floats, Format, Groups, I8, Powers, Tile, Zeros,
 };
+use super::op::Op;
 use super::{Fp8Format, PackedWeight, Scheme};
 use crate::error::Result;
 use crate::ffi::bytes::{read, write};
 use half::{bf16, f16};
-use std::ops::Range;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-/// What is asked of the kernels. Tensors are contiguous and on the CPU.
-pub(super) enum Op<'a> {
-    /// Writes the values of `columns` from row `row` on into `out` (rows, columns).
-    Unpack { row: i64, columns: Range<i64>, out: &'a mut Tensor },
-    /// Writes the values of the rows that `index` lists into `out` (n, columns).
-    UnpackIndex { index: &'a [i64], out: &'a mut Tensor },
-    /// y = x · Wᵀ: x (n, in), y (n, out) of the same dtype.
-    Product { x: &'a Tensor, y: &'a mut Tensor },
-    /// dX = g · W: g (n, out), dx (n, in) of the same dtype.
-    ProductTransposed { g: &'a Tensor, dx: &'a mut Tensor },
-}
-
-impl Op<'_> {
-    /// The dtype of tiles or activations.
-    fn kind(&self) -> Result<Kind> {
-        Ok(match self {
-            Op::Unpack { out, .. } | Op::UnpackIndex { out, .. } => out.f_kind()?,
-            Op::Product { x, .. } => x.f_kind()?,
-            Op::ProductTransposed { g, .. } => g.f_kind()?,
-        })
-    }
-}
-
-/// Does what is asked, and answers whether a kernel could.
+/// Does what is asked of a weight on the CPU, and answers whether a kernel could.
 pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
-    let Some(scheme) = weight.scheme().filter(|_| weight.device() == Device::Cpu) else { return Ok(false) };
-    if !matches!(op.kind()?, Kind::Float | Kind::BFloat16 | Kind::Half) {
-        return Ok(false);
-    }
+    let Some(scheme) = weight.scheme() else { return Ok(false) };
     let tensors = weight.tensors()?;
     let tensor = |name: &str| tensors.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor);
     let shape = weight.shape().map(|n| n as usize);
@@ -103,11 +77,12 @@ pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
             })??
         }
         Scheme::Gptq { group_size } => {
-            let parts = ["weight.scale", "weight.zero", "weight.group"].map(tensor);
-            let (Some(data), [Some(scale), Some(zero), Some(group)]) = (data, parts) else { return Ok(false) };
+            let [Some(data), Some(scale), Some(zero)] = [data, tensor("weight.scale"), tensor("weight.zero")] else {
+                return Ok(false);
+            };
             let size = group_size as usize;
             // Groups out of order are left to the operators.
-            if !size.is_multiple_of(2) || !shape[1].is_multiple_of(size) || !read(group, |g| in_order(g, size))? {
+            if !size.is_multiple_of(2) || !shape[1].is_multiple_of(size) || !weight.in_order() {
                 return Ok(false);
             }
             read(data, |data| {
@@ -117,11 +92,6 @@ pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
         // Served by their own operators.
         _ => Ok(false),
     }
-}
-
-/// Whether each column is in the group that it would be in by its place.
-fn in_order(group: &[i64], size: usize) -> bool {
-    group.chunks(size).zip(0..).all(|(columns, number)| columns.iter().all(|group| *group == number))
 }
 
 fn dtype(kind: Kind) -> Option<Dtype> {
@@ -183,7 +153,9 @@ fn serve_as<F: Format, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Resul
             write::<T, _>(out, |out| kernels::unpack(format, &tile, out))??;
         }
         Op::UnpackIndex { index, out } => {
-            write::<T, _>(out, |out| kernels::unpack_index(format, shape[1], index, out))??;
+            read(index, |index: &[i64]| {
+                write::<T, _>(out, |out| kernels::unpack_index(format, shape[1], index, out))
+            })???;
         }
         _ if !kernels::fits(format, shape[1]) => return Ok(false),
         Op::Product { x, y } => {
@@ -197,13 +169,14 @@ fn serve_as<F: Format, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Resul
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::quant::Parts;
     use std::sync::Arc;
+    use tch::Device;
 
     /// Every scheme with a kernel.
-    fn schemes() -> Vec<Scheme> {
+    pub(in crate::quant) fn schemes() -> Vec<Scheme> {
         let mut schemes = vec![Scheme::Int8];
         for (block_size, double_quant) in [(64, false), (64, true), (32, false), (256, true)] {
             schemes.push(Scheme::Nf4 { block_size, double_quant });
@@ -218,7 +191,7 @@ mod tests {
         schemes
     }
 
-    fn weight(shape: [i64; 2], kind: Kind) -> Tensor {
+    pub(in crate::quant) fn weight(shape: [i64; 2], kind: Kind) -> Tensor {
         let values = Tensor::randn(shape, (Kind::Float, Device::Cpu));
         // Small values and zeros too, and a row of nothing else.
         let values = values.f_mul(&values.f_gt(-1.0).unwrap()).unwrap();
@@ -226,13 +199,18 @@ mod tests {
         (values.f_pow_tensor_scalar(3.0).unwrap()).to_kind(kind)
     }
 
-    fn same(found: &Tensor, expected: &Tensor, what: &str) {
+    pub(in crate::quant) fn same(found: &Tensor, expected: &Tensor, what: &str) {
         let bytes = |t: &Tensor| crate::ffi::bytes::tensor_bytes(t).unwrap();
         assert!(bytes(found) == bytes(expected), "{what}: {found} instead of {expected}");
     }
 
     /// A weight with random codes, scales and zeros, as GPTQ's files hold it.
-    fn gptq([rows, columns]: [i64; 2], kind: Kind, group_size: i64, in_order: bool) -> Arc<dyn PackedWeight> {
+    pub(in crate::quant) fn gptq(
+        [rows, columns]: [i64; 2],
+        kind: Kind,
+        group_size: i64,
+        in_order: bool,
+    ) -> Arc<dyn PackedWeight> {
         let groups = (columns + group_size - 1) / group_size;
         let bytes = |top: i64, shape: [i64; 2]| Tensor::randint(top, shape, (Kind::Uint8, Device::Cpu));
         let place = Tensor::arange(columns, (Kind::Int64, Device::Cpu));
@@ -249,7 +227,7 @@ mod tests {
     }
 
     /// Every scheme with a kernel, as weights of this shape.
-    fn packed(shape: [i64; 2], kind: Kind) -> Vec<Arc<dyn PackedWeight>> {
+    pub(in crate::quant) fn packed(shape: [i64; 2], kind: Kind) -> Vec<Arc<dyn PackedWeight>> {
         let weight = weight(shape, kind);
         let packed = schemes().into_iter().map(|scheme| crate::quant::quantize("w", &weight, scheme).unwrap());
         let group = [128, 64, 10].into_iter().find(|group| shape[1] % group == 0);
@@ -284,8 +262,7 @@ mod tests {
                     }
                     let what = format!("{scheme} {kind:?} {shape:?} as {out_kind:?}, by index");
                     let mut out = Tensor::full([6, inn], 7.0, (out_kind, Device::Cpu));
-                    let index = Vec::<i64>::try_from(&indices).unwrap();
-                    let op = Op::UnpackIndex { index: &index, out: &mut out };
+                    let op = Op::UnpackIndex { index: &indices, out: &mut out };
                     assert!(run(packed.as_ref(), op).unwrap(), "{what}: no kernel");
                     same(&out, &expected.index_select(0, &indices), &what);
                     packed.index_by_operators(&indices, &mut out).unwrap();

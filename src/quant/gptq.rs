@@ -18,7 +18,14 @@ pub(super) struct Gptq {
     /// i64 (columns): the group of each column.
     group: SharedTensor,
     group_size: i64,
+    in_order: bool,
     meta: Meta,
+}
+
+/// Whether each column is in the group that it would be in by its place.
+fn in_order(group: &Tensor, size: i64) -> Result<bool> {
+    let group = Vec::<i64>::try_from(group)?;
+    Ok(group.chunks(size as usize).zip(0..).all(|(columns, number)| columns.iter().all(|group| *group == number)))
 }
 
 impl Gptq {
@@ -38,8 +45,9 @@ impl Gptq {
             let expected = format!("groups from 0 to {}", groups - 1);
             return Err(parts.wrong("weight.group", expected, format!("{low} to {high}")));
         }
+        let in_order = in_order(&group.get(), group_size)?;
         let (sizes, kind) = parts.finish()?;
-        Ok(Gptq { data, scale, zero, group, group_size, meta: Meta { sizes, kind, device } })
+        Ok(Gptq { data, scale, zero, group, group_size, in_order, meta: Meta { sizes, kind, device } })
     }
 
     fn unpack(&self, out: &mut Tensor, rows: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
@@ -74,6 +82,10 @@ impl PackedWeight for Gptq {
             ("weight.zero".into(), self.zero.get()),
             ("weight.group".into(), self.group.get()),
         ])
+    }
+
+    fn in_order(&self) -> bool {
+        self.in_order
     }
 
     fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {

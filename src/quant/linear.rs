@@ -4,7 +4,7 @@
 //! The node keeps it packed and unpacks it again, tile by tile; plain autograd
 //! would keep every dequantised weight alive until the backward pass.
 
-use super::cpu::{self, Op};
+use super::op::{self, Op};
 use super::{LinearMap, PackedWeight, gemm, tiles};
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
@@ -44,12 +44,12 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
     let n = x.size2()?.0;
     let mut y = Tensor::f_empty([n, out], (kind, x.device()))?;
     let few = if kind == Kind::Float { FEW } else { FEW_OF_16_BITS };
-    if n <= few && cpu::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
+    if n <= few && op::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
         return add(y);
     }
     tiles::for_each_rows(kind, [out, inn], |start, rows| {
         tiles::with_scratch(rows, inn, kind, x.device(), |tile| {
-            if !cpu::run(weight, Op::Unpack { row: start, columns: 0..inn, out: tile })? {
+            if !op::run(weight, Op::Unpack { row: start, columns: 0..inn, out: tile })? {
                 weight.unpack_rows(start, tile)?;
             }
             gemm::multiply_into(x, &tile.f_tr()?, &mut y.f_narrow(1, start, rows)?)
@@ -68,14 +68,14 @@ pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Resul
     }
     let n = g.size2()?.0;
     let mut dx = Tensor::f_empty([n, inn], (kind, g.device()))?;
-    if n <= FEW && cpu::run(weight, Op::ProductTransposed { g: &g.f_contiguous()?, dx: &mut dx })? {
+    if n <= FEW && op::run(weight, Op::ProductTransposed { g: &g.f_contiguous()?, dx: &mut dx })? {
         return Ok(dx);
     }
     // A range of columns is summed up in one product. Where only rows can be
     // unpacked, the sums of all tiles are added up in f32.
     if tiles::for_each_columns(kind, [out, inn], |start, columns| {
         tiles::with_scratch(out, columns, kind, g.device(), |tile| {
-            let unpacked = cpu::run(weight, Op::Unpack { row: 0, columns: start..start + columns, out: tile })?;
+            let unpacked = op::run(weight, Op::Unpack { row: 0, columns: start..start + columns, out: tile })?;
             if unpacked {
                 gemm::multiply_into(g, tile, &mut dx.f_narrow(1, start, columns)?)?;
             }

@@ -10,6 +10,7 @@ mod codebook;
 mod config;
 mod convolution;
 mod cpu;
+mod cuda;
 mod dense;
 pub(crate) mod disk;
 mod dynamic_map;
@@ -23,6 +24,7 @@ mod kernels;
 pub(crate) mod linear;
 mod map;
 mod mxfp4;
+mod op;
 mod packing;
 mod parts;
 mod pattern;
@@ -40,7 +42,7 @@ pub(crate) use pattern::matches;
 pub use scheme::{Fp8Format, Scheme};
 
 use crate::error::{Error, Result};
-use cpu::Op;
+use op::Op;
 use std::fmt::Debug;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
@@ -102,22 +104,22 @@ pub trait PackedWeight: Debug + Send + Sync {
     /// libtorch's.
     fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()>;
 
-    /// [`unpack_index`](#method.unpack_index) by libtorch's operators.
+    /// [`unpack_index`](#method.unpack_index) by libtorch's operators, which
+    /// never ask for the index on the host.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] for a row that the weight doesn't have; libtorch's.
-    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
-        let rows = Vec::<i64>::try_from(index)?;
-        check_index(&rows, self.shape()[0])?;
-        for (at, row) in rows.into_iter().enumerate() {
-            self.rows_by_operators(row, &mut out.f_narrow(0, at as i64, 1)?)?;
-        }
-        Ok(())
-    }
+    /// libtorch's.
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()>;
 
     /// The weight itself where it is kept dense, so that it need not be copied.
     fn as_dense(&self) -> Option<Tensor> {
         None
+    }
+
+    /// Whether the columns that share a scale are next to each other, as kernels
+    /// need it. They are not in GPTQ files made with `act_order`.
+    fn in_order(&self) -> bool {
+        true
     }
 
     /// Bytes that the packed tensors take.
@@ -138,7 +140,7 @@ impl dyn PackedWeight + '_ {
     /// libtorch's.
     pub fn unpack_rows(&self, start: i64, out: &mut Tensor) -> Result<()> {
         let columns = 0..self.shape()[1];
-        if !cpu::run(self, Op::Unpack { row: start, columns, out })? {
+        if !op::run(self, Op::Unpack { row: start, columns, out })? {
             self.rows_by_operators(start, out)?;
         }
         Ok(())
@@ -146,19 +148,21 @@ impl dyn PackedWeight + '_ {
 
     /// Writes the values of the rows that `index` lists into `out`, a
     /// contiguous (n, columns) tensor of any float dtype on the same device.
-    /// `index` is i64 (n); rows may come in any order and more than once.
+    /// `index` is i64 (n); rows may come in any order and more than once. On CUDA,
+    /// where that is not known without waiting for the device, a row that the
+    /// weight doesn't have comes out as NaN.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] for a row that the weight doesn't have; libtorch's.
+    /// [`Error::Mismatch`] for a row that the weight doesn't have, on the CPU;
+    /// libtorch's.
     pub fn unpack_index(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
         if self.device() == Device::Cpu {
-            let rows = Vec::<i64>::try_from(index)?;
-            check_index(&rows, self.shape()[0])?;
-            if cpu::run(self, Op::UnpackIndex { index: &rows, out })? {
-                return Ok(());
-            }
+            check_index(&Vec::<i64>::try_from(index)?, self.shape()[0])?;
         }
-        self.index_by_operators(index, out)
+        if !op::run(self, Op::UnpackIndex { index: &index.f_contiguous()?, out })? {
+            self.index_by_operators(index, out)?;
+        }
+        Ok(())
     }
 
     /// All values, as a new tensor of the dense sizes and of dtype `kind`.

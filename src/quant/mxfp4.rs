@@ -8,7 +8,7 @@ use super::kernels::power;
 use super::{Meta, PackedWeight, Parts, Scheme, matrix, packing, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Values that share a scale.
 const BLOCK: i64 = 32;
@@ -27,7 +27,27 @@ pub(super) struct Mxfp4 {
     data: SharedTensor,
     /// e8m0 as u8 (rows, ⌈columns / 32⌉): 2^(byte − 127).
     scale: SharedTensor,
+    tables: Tables,
     meta: Meta,
+}
+
+/// What the codes stand for, f32, where the data is: handing it over in each
+/// step would let a device wait for its host.
+#[derive(Debug)]
+struct Tables {
+    /// The values (16).
+    values: SharedTensor,
+    /// The powers of two (256).
+    powers: SharedTensor,
+}
+
+impl Tables {
+    fn new(device: Device) -> Result<Self> {
+        let on = |table: &[f32]| -> Result<SharedTensor> {
+            Ok(SharedTensor::new(Tensor::f_from_slice(table)?.f_to_device(device)?))
+        };
+        Ok(Tables { values: on(&CODE)?, powers: on(&powers())? })
+    }
 }
 
 /// The power of two of each byte.
@@ -43,7 +63,8 @@ impl Mxfp4 {
         let (sizes, kind, device) = (weight.size(), weight.f_kind()?, weight.device());
         let weight = weight.f_view(matrix(&sizes))?;
         let [data, scale] = packing::mxfp4(&weight)?.map_or_else(|| Self::pack_by_operators(&weight), Ok)?;
-        Ok(Mxfp4 { data: SharedTensor::new(data), scale: SharedTensor::new(scale), meta: Meta { sizes, kind, device } })
+        let (data, scale, tables) = (SharedTensor::new(data), SharedTensor::new(scale), Tables::new(device)?);
+        Ok(Mxfp4 { data, scale, tables, meta: Meta { sizes, kind, device } })
     }
 
     /// Codes and scales of a weight (rows, columns), with libtorch's operators.
@@ -79,7 +100,7 @@ impl Mxfp4 {
             return Err(parts.wrong("weight.scale", "finite scales", "NaN"));
         }
         let (sizes, kind) = parts.finish()?;
-        Ok(Mxfp4 { data, scale, meta: Meta { sizes, kind, device } })
+        Ok(Mxfp4 { data, scale, tables: Tables::new(device)?, meta: Meta { sizes, kind, device } })
     }
 
     fn unpack(&self, out: &mut Tensor, rows: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
@@ -87,12 +108,9 @@ impl Mxfp4 {
         let (data, scale) = (rows(&self.data.get())?, rows(&self.scale.get())?);
         let n = data.size2()?.0;
         let codes = Tensor::f_stack(&[data.f_bitwise_and(15)?, data.f_bitwise_right_shift_tensor_scalar(4)?], 2)?;
-        let table = |values: &[f32], at: &Tensor| -> Result<Tensor> {
-            let table = Tensor::f_from_slice(values)?.f_to_device(self.meta.device)?;
-            Ok(table.f_take(&at.f_to_kind(Kind::Int64)?)?)
-        };
-        let values = table(&CODE, &codes.f_view([n, -1])?.f_narrow(1, 0, columns)?)?;
-        let step = table(&powers(), &scale)?.f_repeat_interleave_self_int(BLOCK, 1, None)?;
+        let value = |table: &SharedTensor, at: &Tensor| table.get().f_take(&at.f_to_kind(Kind::Int64)?);
+        let values = value(&self.tables.values, &codes.f_view([n, -1])?.f_narrow(1, 0, columns)?)?;
+        let step = value(&self.tables.powers, &scale)?.f_repeat_interleave_self_int(BLOCK, 1, None)?;
         let values = values.f_mul(&step.f_narrow(1, 0, columns)?)?;
         out.f_copy_(&values.f_to_kind(self.meta.kind)?)?;
         Ok(())

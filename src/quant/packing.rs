@@ -1,21 +1,26 @@
-//! Packing on the CPU: lends weights to the kernels as slices.
+//! Packing by kernels: on the CPU weights are lent to them as slices, on CUDA
+//! `cuda::packing` starts them.
 //!
 //! Each function takes a contiguous, finite weight, and answers `None` where no
-//! kernel can serve it: on other devices, and for other dtypes.
+//! kernel can serve it.
 
 use super::kernels::Float;
 use super::kernels::packing::{self, Fp8Code, GroupLayout, Int8Code, LlmInt8Code, RowCode, SortedCode};
-use super::{Fp8Format, largest_scale, smallest_normal};
+use super::{Fp8Format, cuda, largest_scale, smallest_normal};
 use crate::error::Result;
 use crate::ffi::bytes::{Plain, read, write};
+use crate::ffi::cuda::by_kernel;
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
-/// Calls a function for the dtype of a weight on the CPU.
+/// Calls a function for the dtype of a weight on the CPU, or that of
+/// `cuda::packing` with this name.
 macro_rules! by_dtype {
-    ($weight:expr, $function:ident($($argument:expr),*)) => {
+    ($weight:expr, $function:ident($($argument:expr),*), $on_cuda:ident($($given:expr),*)) => {
         match $weight.f_kind()? {
-            _ if $weight.device() != Device::Cpu => Ok(None),
+            _ if $weight.device() != Device::Cpu => {
+                by_kernel($weight.device(), |launcher| cuda::packing::$on_cuda(launcher, $weight, $($given),*))
+            }
             Kind::Float => $function::<f32>($weight, $($argument),*).map(Some),
             Kind::BFloat16 => $function::<bf16>($weight, $($argument),*).map(Some),
             Kind::Half => $function::<f16>($weight, $($argument),*).map(Some),
@@ -50,7 +55,7 @@ pub(super) fn int8(weight: &Tensor) -> Result<Option<[Tensor; 2]>> {
         let largest = largest_scale(T::KIND, 127.0) as f32;
         by_rows::<T, _>(weight, &Int8Code { largest }, Kind::Int8)
     }
-    by_dtype!(weight, of())
+    by_dtype!(weight, of(), int8())
 }
 
 /// i8 codes (rows, columns), and f32 maxima (rows, 1).
@@ -58,7 +63,7 @@ pub(super) fn llm_int8(weight: &Tensor) -> Result<Option<[Tensor; 2]>> {
     fn of<T: Float>(weight: &Tensor) -> Result<[Tensor; 2]> {
         by_rows::<T, _>(weight, &LlmInt8Code, Kind::Int8)
     }
-    by_dtype!(weight, of())
+    by_dtype!(weight, of(), llm_int8())
 }
 
 /// 8-bit floats (rows, columns), and scales (rows, 1) in the weight's dtype.
@@ -72,7 +77,7 @@ pub(super) fn fp8(weight: &Tensor, format: Fp8Format) -> Result<Option<[Tensor; 
             Fp8Format::E5m2 => by_rows::<T, _>(weight, &Fp8Code::<2> { top, smallest, largest }, kind),
         }
     }
-    by_dtype!(weight, of(format))
+    by_dtype!(weight, of(format), fp8(format))
 }
 
 /// u8 (byte rows, size), scales and shifts (groups, 1), of a weight (groups,
@@ -91,7 +96,10 @@ pub(super) fn groups(weight: &Tensor, layout: GroupLayout) -> Result<Option<[Ten
         })?????;
         Ok([data, scale, shift])
     }
-    by_dtype!(weight, of(layout))
+    if layout.search && weight.device() != Device::Cpu {
+        return Ok(None);
+    }
+    by_dtype!(weight, of(layout), groups(layout))
 }
 
 /// u8 (⌈n / 2⌉) and f32 scales (blocks), of a flat weight (n).
@@ -107,7 +115,8 @@ pub(super) fn codes(weight: &Tensor, code: SortedCode, block: i64) -> Result<Opt
         })????;
         Ok([data, absmax])
     }
-    by_dtype!(weight, of(code, block))
+    let name = code.name;
+    by_dtype!(weight, of(code, block), codes(name, block))
 }
 
 /// u8 (rows, ⌈columns / 2⌉) and e8m0 scales (rows, ⌈columns / 32⌉), of a weight
@@ -124,11 +133,11 @@ pub(super) fn mxfp4(weight: &Tensor) -> Result<Option<[Tensor; 2]>> {
         })????;
         Ok([data, scale])
     }
-    by_dtype!(weight, of())
+    by_dtype!(weight, of(), mxfp4())
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::quant) mod tests {
     use super::*;
     use crate::ffi::bytes::tensor_bytes;
     use crate::quant::Scheme;
@@ -138,7 +147,7 @@ mod tests {
     use crate::quant::mxfp4::Mxfp4;
 
     /// Values of all sizes, zeros and outliers, in rows of their own too.
-    fn weights() -> Vec<Tensor> {
+    pub(in crate::quant) fn weights() -> Vec<Tensor> {
         let mut weights = Vec::new();
         for (shape, kind) in [
             ([1i64, 1], Kind::Float),

@@ -1,7 +1,7 @@
 //! Checkpoints of others, and ours with others.
 
 use super::common::{assert_close, assert_differs, fresh_dir, peer, python, read, rng, write};
-use super::toy::{CPU, Setup, Toy, dense_base};
+use super::toy::{Setup, Toy, dense_base, floats};
 use tch::Tensor;
 use tch_peft::{LoraModel, Run};
 
@@ -19,7 +19,7 @@ fn peft_loads_a_checkpoint_as_it_is() {
     let base: Vec<_> = dense_base().0.variables().into_iter().collect();
     write(dir.join("base.safetensors"), &base);
     toy.model.eval().unwrap();
-    let x = (Tensor::arange(4 * 32, CPU) * 0.7).sin().view([4, 32]);
+    let x = (Tensor::arange(4 * 32, floats()) * 0.7).sin().view([4, 32]);
     let y = toy.model.forward(&x).unwrap();
     write(dir.join("output.safetensors"), &[("x".into(), x), ("y".into(), y)]);
     peer("checkpoint_interop.py", &["load", dir.to_str().unwrap()]);

@@ -1,6 +1,6 @@
 //! Following PEFT's record of a case of tests/python/layers_reference.py.
 
-use super::{assert_close, assert_same, read};
+use super::{assert_close, assert_same, device, read};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ pub fn make(folder: &str, prefixes: &[&str]) -> Option<PathBuf> {
 }
 
 pub fn base(folder: &Path, case: &Value) -> Base<TorchScript> {
-    let base = Base::torchscript(folder.join("model.pt")).unwrap();
+    let base = Base::torchscript_on_device(folder.join("model.pt"), device()).unwrap();
     // A trace doesn't keep the number of groups, nor a module's attributes.
     let base = match case["groups"].as_i64().unwrap() {
         1 => base,

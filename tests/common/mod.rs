@@ -10,9 +10,9 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// The Python that has the peers, or `None` where the comparison was switched off.
 ///
@@ -48,6 +48,8 @@ pub fn peer<A: AsRef<OsStr>>(script: &str, args: &[A]) {
         .args(args)
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .env("HF_HUB_OFFLINE", "1")
+        // What stands in for a GPU here is not for Python.
+        .env_remove("LD_PRELOAD")
         .output()
         .unwrap_or_else(|e| panic!("{}: {e}", python.display()));
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -55,14 +57,47 @@ pub fn peer<A: AsRef<OsStr>>(script: &str, args: &[A]) {
     print!("{stdout}");
 }
 
-/// The repository.
+/// The repository, or the bundle that the tests were taken away in
+/// (`cargo xtask test --device cuda`), as its `run` says by `TCH_PEFT_ROOT`.
 pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    moved().unwrap_or(Path::new(env!("CARGO_MANIFEST_DIR")))
+}
+
+fn moved() -> Option<&'static Path> {
+    static MOVED: OnceLock<Option<PathBuf>> = OnceLock::new();
+    MOVED.get_or_init(|| std::env::var_os("TCH_PEFT_ROOT").map(PathBuf::from)).as_deref()
+}
+
+/// Where test binaries make their folders.
+pub fn scratch() -> PathBuf {
+    moved().map_or(env!("CARGO_TARGET_TMPDIR").into(), |root| root.join("tmp"))
+}
+
+/// Where tensors of tests are that can be anywhere: the CPU, or what
+/// `TCH_PEFT_TEST_DEVICE` says (`cpu` or `cuda`), which must be there.
+pub fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    *DEVICE.get_or_init(|| match std::env::var("TCH_PEFT_TEST_DEVICE").as_deref() {
+        Err(_) | Ok("cpu") => Device::Cpu,
+        Ok("cuda") => {
+            let status = tch_peft::cuda_status();
+            assert!(tch::Cuda::is_available(), "TCH_PEFT_TEST_DEVICE is cuda, and libtorch sees none: {status}");
+            Device::Cuda(0)
+        }
+        Ok(other) => panic!("TCH_PEFT_TEST_DEVICE is `{other}`; it can be `cpu` or `cuda`"),
+    })
+}
+
+/// Lets a GPU give the same bits twice, for tests that compare them.
+pub fn repeatable() {
+    if device() != Device::Cpu {
+        tch_peft::set_deterministic(true);
+    }
 }
 
 /// An empty folder of this name for what a test binary makes; kept until its next run.
 pub fn fresh_dir(name: &str) -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let dir = scratch().join(name);
     if dir.exists() {
         std::fs::remove_dir_all(&dir).unwrap();
     }
@@ -93,23 +128,28 @@ pub fn rng() -> MutexGuard<'static, ()> {
     RNG.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// The tensors of a safetensors file by name.
+/// The tensors of a safetensors file by name, on the [`device`].
 pub fn read(path: impl AsRef<Path>) -> BTreeMap<String, Tensor> {
     let path = path.as_ref();
     let tensors = Tensor::read_safetensors(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    tensors.into_iter().collect()
+    tensors.into_iter().map(|(name, tensor)| (name, tensor.to_device(device()))).collect()
 }
 
 /// Writes a safetensors file for a peer to read.
 pub fn write(path: impl AsRef<Path>, tensors: &[(String, Tensor)]) {
     let contiguous: Vec<(&str, Tensor)> =
-        tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.detach().contiguous())).collect();
+        tensors.iter().map(|(name, tensor)| (name.as_str(), on_cpu(tensor).contiguous())).collect();
     Tensor::write_safetensors(&contiguous, path).unwrap();
+}
+
+/// The values, without a history, where any two can be compared.
+fn on_cpu(tensor: &Tensor) -> Tensor {
+    tensor.detach().to_device(Device::Cpu)
 }
 
 /// The bytes of a tensor's values, so that NaN, -0.0 and the dtype count.
 pub fn bits(tensor: &Tensor) -> Vec<u8> {
-    let tensor = tensor.detach().contiguous();
+    let tensor = on_cpu(tensor).contiguous();
     let integers = match tensor.kind() {
         Kind::Double | Kind::Int64 => Kind::Int64,
         Kind::Float | Kind::Int => Kind::Int,
@@ -153,7 +193,7 @@ pub fn assert_same(name: &str, found: &Tensor, expected: &Tensor) {
 #[track_caller]
 pub fn relative_error(name: &str, found: &Tensor, expected: &Tensor) -> f64 {
     assert_eq!(found.size(), expected.size(), "{name}: shape");
-    let [found, expected] = [found, expected].map(|t| t.detach().to_kind(Kind::Double));
+    let [found, expected] = [found, expected].map(|t| on_cpu(t).to_kind(Kind::Double));
     let norm = |t: &Tensor| f64::try_from(t.norm()).unwrap();
     let (error, scale) = (norm(&(&found - &expected)), norm(&expected));
     if error == 0.0 { 0.0 } else { error / scale }
@@ -179,7 +219,7 @@ pub fn assert_differs(name: &str, found: &Tensor, other: &Tensor, least: f64) {
 }
 
 fn difference(found: &Tensor, expected: &Tensor) -> String {
-    let [found, expected] = [found, expected].map(|t| t.detach().to_kind(Kind::Double));
+    let [found, expected] = [found, expected].map(|t| on_cpu(t).to_kind(Kind::Double));
     if found.numel() == 0 {
         return "both are empty".into();
     }

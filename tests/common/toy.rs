@@ -1,5 +1,6 @@
 //! A small run, for tests that interrupt it.
 
+use super::common::device;
 use std::path::Path;
 use tch::nn::{self, ModuleT};
 use tch::{Device, Kind, Tensor};
@@ -9,7 +10,9 @@ use tch_peft::{
     Schedule, Sgd, Start, State, Stateful,
 };
 
-pub const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
+pub fn floats() -> (Kind, Device) {
+    (Kind::Float, device())
+}
 const IN: i64 = 32;
 const ROWS: usize = 24;
 
@@ -61,13 +64,13 @@ impl ModuleT for Net {
 
 /// The network, the same each time.
 pub fn dense_base() -> (nn::VarStore, Net) {
-    let vs = nn::VarStore::new(Device::Cpu);
+    let vs = nn::VarStore::new(device());
     let linear = |name: &str, inn, out| nn::linear(vs.root() / name, inn, out, Default::default());
     let net = Net { up: linear("up", IN, 40), down: linear("down", 40, 8) };
     // By exact arithmetic, so that every processor has the same base.
     let sorted: std::collections::BTreeMap<_, _> = vs.variables().into_iter().collect();
     for (i, mut weight) in sorted.into_values().enumerate() {
-        let numbers = Tensor::arange(weight.numel() as i64, CPU) * (37.0 + i as f64);
+        let numbers = Tensor::arange(weight.numel() as i64, floats()) * (37.0 + i as f64);
         let exact = (numbers.remainder(127) - 63) / 256;
         tch::no_grad(|| weight.copy_(&exact.view_as(&weight)));
     }
@@ -106,6 +109,7 @@ impl Toy {
     pub fn new(setup: Setup, run: RunBuilder) -> Self {
         // The tensors are too small to share, and the machine may be busy.
         tch::set_num_threads(1);
+        super::common::repeatable();
         let (vs, net) = dense_base();
         let config = LoraConfig::builder().r(2).lora_alpha(4.0).lora_dropout(setup.dropout);
         let config = config.target_modules(["up", "down"]).build().unwrap();
@@ -145,11 +149,11 @@ impl Toy {
 
     /// One step, without telling the run of it.
     pub fn train(&mut self) {
-        let features = (Tensor::arange(ROWS as i64 * IN, CPU) * 12.9898).sin().view([ROWS as i64, IN]);
-        let labels = Tensor::arange(ROWS as i64, (Kind::Int64, Device::Cpu)).remainder(8);
+        let features = (Tensor::arange(ROWS as i64 * IN, floats()) * 12.9898).sin().view([ROWS as i64, IN]);
+        let labels = Tensor::arange(ROWS as i64, (Kind::Int64, device())).remainder(8);
         for _ in 0..self.accumulate {
             let rows: Vec<i64> = self.sampler.next_batch().into_iter().map(|row| row as i64).collect();
-            let rows = Tensor::from_slice(&rows);
+            let rows = Tensor::from_slice(&rows).to_device(device());
             let output = self.model.forward(&features.index_select(0, &rows)).unwrap();
             let loss = output.cross_entropy_for_logits(&labels.index_select(0, &rows));
             self.part.as_mut().map_or(loss.shallow_clone(), |part| part.loss(loss)).backward();
@@ -289,7 +293,7 @@ impl Part {
             Part::Ema(_) => loss,
             Part::Scaler(scaler) => scaler.scale(&loss).unwrap(),
             Part::Accumulation(accumulation) => accumulation.scale(&loss).unwrap(),
-            Part::Generator(generator) => loss * generator.uniform(&[], Device::Cpu).unwrap(),
+            Part::Generator(generator) => loss * generator.uniform(&[], device()).unwrap(),
             Part::Own(running) => {
                 **running = 0.9 * **running + 0.1 * loss.double_value(&[]);
                 loss / **running
@@ -362,7 +366,7 @@ impl Stateful for Average {
         self.check_state(&state)?;
         self.updates = state.values["updates"].as_u64().unwrap();
         for (name, shadow) in &mut self.shadow {
-            *shadow = state.tensors[name].copy();
+            *shadow = state.tensors[name].copy().to_device(shadow.device());
         }
         Ok(())
     }

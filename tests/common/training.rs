@@ -1,6 +1,6 @@
 //! What the tests of training state share.
 
-use super::{fresh_dir, peer, python};
+use super::{device, fresh_dir, peer, python};
 use serde_json::Value;
 use std::path::Path;
 use tch::{Kind, Tensor};
@@ -21,7 +21,7 @@ pub fn tensor(value: &Value, shape: &Value, kind: Kind) -> Tensor {
     let values: Vec<f32> =
         value.as_array().unwrap().iter().map(|bits| f32::from_bits(bits.as_i64().unwrap() as u32)).collect();
     let shape: Vec<i64> = shape.as_array().unwrap().iter().map(|d| d.as_i64().unwrap()).collect();
-    Tensor::from_slice(&values).view(shape.as_slice()).to_kind(kind)
+    Tensor::from_slice(&values).to_device(device()).view(shape.as_slice()).to_kind(kind)
 }
 
 /// An f64 from its bit pattern.

@@ -84,6 +84,14 @@ fn check(words: &[String], folder: &mut PathBuf) -> Check {
         // What is asked of a server is that server's to test.
         ["curl", rest @ ..] if rest.iter().any(|word| word.contains("localhost:")) => Ok(()),
         ["cargo", "xtask", rest @ ..] => xtask::parse(&os(rest)).map(drop),
+        // The script of a bundle.
+        ["./run", rest @ ..] => {
+            let script = std::fs::read_to_string(root().join("xtask/src/bundle.sh")).map_err(|e| e.to_string())?;
+            let bench = std::fs::read_to_string(root().join("benches/common/mod.rs")).map_err(|e| e.to_string())?;
+            options(rest, |option| {
+                script.contains(&format!("{option})")) || bench.contains(option) || option == "--nocapture"
+            })
+        }
         ["cargo", "run", rest @ ..] => run(rest, folder),
         ["cargo", "test", rest @ ..] => targets(rest, "--test", "tests"),
         ["cargo", "bench", rest @ ..] => targets(rest, "--bench", "benches"),

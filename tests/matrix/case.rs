@@ -1,5 +1,6 @@
 //! One configuration: its name, its `LoraConfig` and its base.
 
+use crate::common::device;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -130,7 +131,7 @@ impl Case {
 
     /// The base, its blocks packed.
     pub fn base(&self) -> Base<TorchScript> {
-        let base = Base::torchscript(self.folder.join("model.pt")).unwrap();
+        let base = Base::torchscript_on_device(self.folder.join("model.pt"), device()).unwrap();
         // A trace doesn't keep the number of groups.
         let base = match self.get("layer") {
             "conv1d_groups" | "conv2d_groups" => base.declare("layer", WeightRole::Conv { groups: 2 }),

@@ -2,9 +2,10 @@
 
 #![allow(dead_code, missing_docs)]
 
+use crate::common::device;
 use std::path::Path;
+use tch::Tensor;
 use tch::nn::{self, Module};
-use tch::{Device, Tensor};
 use tch_peft::Base;
 
 pub const VOCABULARY: i64 = 23;
@@ -46,7 +47,7 @@ impl Net {
 
     /// With the weights of the PyTorch twin.
     pub fn load(dir: &Path) -> Base<Net> {
-        let mut vs = nn::VarStore::new(Device::Cpu);
+        let mut vs = nn::VarStore::new(device());
         let net = Net::new(&vs.root());
         vs.load(dir.join("net.safetensors")).unwrap();
         Base::new(vs, net)

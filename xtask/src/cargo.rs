@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
 use crate::libtorch::Libtorch;
@@ -91,6 +91,18 @@ impl Cargo {
         self.finish(status).map(|()| count)
     }
 
+    /// Builds with a `--no-run`, and answers the test and bench programs that it made.
+    pub fn programs(mut self) -> Result<Vec<PathBuf>> {
+        self.0.args(["--message-format", "json-render-diagnostics"]);
+        let output = self.0.stderr(Stdio::inherit()).output();
+        let (status, text) = match output {
+            Ok(output) => (Ok(output.status), output.stdout),
+            Err(error) => (Err(error), Vec::new()),
+        };
+        self.finish(status)?;
+        Ok(String::from_utf8_lossy(&text).lines().filter_map(program).collect())
+    }
+
     fn finish(&self, status: std::io::Result<ExitStatus>) -> Result<()> {
         let command = self.display();
         match status {
@@ -111,6 +123,14 @@ fn is_set_by_cargo_run(name: &str) -> bool {
     name == "CARGO_CRATE_NAME"
         || name == "CARGO_PRIMARY_PACKAGE"
         || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// The program that a line of cargo's messages is about, if it is one of tests or of benches.
+fn program(message: &str) -> Option<PathBuf> {
+    let is_one = message.contains("\"test\":true},\"features\"") || message.contains("\"kind\":[\"bench\"]");
+    let (_, rest) = message.split_once("\"executable\":\"").filter(|_| is_one)?;
+    let (path, _) = rest.split_once('"')?;
+    Some(PathBuf::from(path.replace("\\\\", "\\")))
 }
 
 /// The sum over all test programs.
@@ -172,6 +192,21 @@ mod tests {
         for name in ["CARGO", "CARGO_HOME", "CARGO_TARGET_DIR", "CARGO_BUILD_JOBS"] {
             assert!(!is_set_by_cargo_run(name), "{name}");
         }
+    }
+
+    #[test]
+    fn programs_are_found_among_the_messages() {
+        let message = |kind: &str, test: bool, executable: &str| {
+            format!(
+                r#"{{"reason":"compiler-artifact","target":{{"kind":["{kind}"],"name":"resume","test":true}},"profile":{{"opt_level":"1","test":{test}}},"features":[],"executable":{executable},"fresh":true}}"#
+            )
+        };
+        let path = || Some(PathBuf::from("/repo/target/debug/deps/resume-62"));
+        let quoted = r#""/repo/target/debug/deps/resume-62""#;
+        assert_eq!(program(&message("test", true, quoted)), path());
+        assert_eq!(program(&message("bench", false, quoted)), path());
+        assert_eq!(program(&message("example", false, quoted)), None);
+        assert_eq!(program(&message("test", true, "null")), None);
     }
 
     #[test]

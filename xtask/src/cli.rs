@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 
 /// What `cargo xtask --help` prints.
 pub const HELP: &str = "\
@@ -17,6 +18,14 @@ Usage: cargo xtask <command> [options]
                               library's `cargo test`, and those alone are run.
                               --no-peers leaves out what compares with the
                               Python libraries.
+  test --device cuda [--out DIR] [--tar]
+                              Build the tests and the GPU's bench into a folder,
+                              target/bundle unless named, to be carried to a
+                              machine with a GPU, a driver and a torch, where
+                              `./run` runs them. --tar packs it into one file.
+  test --device stand-in [-- ARGS]
+                              Build such a folder, and run it here, on the CPU's
+                              memory that stands in for a GPU; ARGS go to `./run`.
   bench [ARGS...]             Run the benches; ARGS go to `cargo bench`.
   doc [--open]                Build the documentation; warnings are errors.
 
@@ -51,6 +60,8 @@ pub enum Command {
         /// For `cargo test`.
         args: Vec<OsString>,
     },
+    /// `test --device cuda|stand-in [--out DIR] [--tar] [-- ARGS...]`
+    Bundle(Bundle),
     /// `bench [ARGS...]`
     Bench {
         /// For `cargo bench`.
@@ -61,6 +72,18 @@ pub enum Command {
         /// For `cargo doc`.
         args: Vec<OsString>,
     },
+}
+
+/// What `test --device` makes.
+#[derive(Debug, PartialEq)]
+pub struct Bundle {
+    /// The folder, if not `target/bundle`. What an earlier call made there is replaced.
+    pub out: Option<PathBuf>,
+    /// Pack the folder into a file beside it, too.
+    pub tar: bool,
+    /// Run it here on the stand-in for a GPU, with these arguments, instead of
+    /// leaving it to be carried away.
+    pub stand_in: Option<Vec<OsString>>,
 }
 
 /// Reads the arguments that follow `cargo xtask`.
@@ -85,6 +108,13 @@ pub fn parse(args: &[OsString]) -> Result<Command, String> {
             Ok(Command::Setup { peers })
         }
         "demo" => Ok(Command::Demo { args: [ours, theirs].concat() }),
+        "test" if ours.iter().any(|arg| arg == "--device") => {
+            let bundle = bundle(ours, theirs)?;
+            if bundle.stand_in.is_none() {
+                none_passed_on(split, "test --device cuda")?;
+            }
+            Ok(Command::Bundle(bundle))
+        }
         "test" => Ok(Command::Test { peers: !flag(ours, "--no-peers", &command)?, args: theirs.to_vec() }),
         "bench" => Ok(Command::Bench { args: rest.to_vec() }),
         "doc" => {
@@ -94,6 +124,32 @@ pub fn parse(args: &[OsString]) -> Result<Command, String> {
         }
         _ => Err(format!("no command `{command}`; `cargo xtask --help` lists them")),
     }
+}
+
+/// What `test --device` is to make.
+fn bundle(args: &[OsString], theirs: &[OsString]) -> Result<Bundle, String> {
+    let mut bundle = Bundle { out: None, tar: false, stand_in: None };
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().ok_or(format!("`{}` needs a value", arg.to_string_lossy()));
+        match arg.to_str() {
+            Some("--device") => match &*value()?.to_string_lossy() {
+                "cuda" => bundle.stand_in = None,
+                "stand-in" => bundle.stand_in = Some(theirs.to_vec()),
+                other => {
+                    let usual = "without it, tests run here on the CPU";
+                    return Err(format!("--device can be cuda or stand-in, not `{other}`: {usual}"));
+                }
+            },
+            Some("--out") => bundle.out = Some(value()?.into()),
+            Some("--tar") => bundle.tar = true,
+            _ => {
+                let arg = arg.to_string_lossy();
+                return Err(format!("`test --device` takes --out DIR and --tar only, not `{arg}`"));
+            }
+        }
+    }
+    Ok(bundle)
 }
 
 /// Whether the command's only option is given; anything else is an error.
@@ -160,9 +216,25 @@ mod tests {
     }
 
     #[test]
+    fn a_device_asks_for_a_bundle() {
+        let bundle = |out: Option<&str>, tar, stand_in| {
+            Ok(Command::Bundle(Bundle { out: out.map(PathBuf::from), tar, stand_in }))
+        };
+        assert_eq!(parsed(&["test", "--device", "cuda"]), bundle(None, false, None));
+        let given = ["test", "--tar", "--device", "cuda", "--out", "away"];
+        assert_eq!(parsed(&given), bundle(Some("away"), true, None));
+        let given = ["test", "--device", "stand-in", "--", "resume"];
+        assert_eq!(parsed(&given), bundle(None, false, Some(os(&["resume"]))));
+    }
+
+    #[test]
     fn what_is_not_understood_is_named() {
         for (args, named) in [
-            (&["tset"][..], "tset"),
+            (&["test", "--device", "tpu"][..], "tpu"),
+            (&["test", "--device"], "--device"),
+            (&["test", "--device", "cuda", "--no-peers"], "--no-peers"),
+            (&["test", "--device", "cuda", "--", "resume"], "passes no arguments on"),
+            (&["tset"], "tset"),
             (&["setup", "--peer"], "--peer"),
             (&["test", "nf4"], "nf4"),
             (&["doc", "--", "x"], "doc"),

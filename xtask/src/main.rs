@@ -4,6 +4,7 @@
 //! for tests and benches the Python peers) and then runs cargo. What is there
 //! already is kept, so a second call costs a fraction of a second.
 
+mod bundle;
 mod cargo;
 mod cli;
 mod libtorch;
@@ -63,6 +64,7 @@ fn run(command: Command) -> Result<()> {
             ready.cargo(["run", "--release", "--example", "demo", "--"]).args(args).run()
         }
         Command::Test { peers, args } => test(&setup(&root, peers)?, args),
+        Command::Bundle(bundle) => bundle.make(&setup(&root, bundle.stand_in.is_some())?),
         Command::Bench { args } => setup(&root, true)?.cargo(["bench"]).args(args).run(),
         Command::Doc { args } => doc(&setup(&root, false)?, []).args(args).run(),
     }

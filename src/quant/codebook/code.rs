@@ -6,7 +6,9 @@ use tch::{Device, Tensor};
 
 /// 16 values, and what packing and unpacking need of them.
 #[derive(Debug)]
-pub(super) struct Code {
+pub(in crate::quant) struct Code {
+    /// What `csrc/kernels/formats.cuh` calls it.
+    name: &'static str,
     /// The value of each code.
     pub(super) values: [f32; 16],
     /// The codes by rising value.
@@ -19,7 +21,7 @@ pub(super) struct Code {
 }
 
 impl Code {
-    const fn new(values: [f32; 16], order: [u8; 16]) -> Self {
+    const fn new(name: &'static str, values: [f32; 16], order: [u8; 16]) -> Self {
         let mut bounds = [f32::INFINITY; 16];
         let mut i = 0;
         while i < 15 {
@@ -32,12 +34,12 @@ impl Code {
             pairs[places] = order[places >> 4] << 4 | order[places & 15];
             places += 1;
         }
-        Code { values, order, bounds, pairs }
+        Code { name, values, order, bounds, pairs }
     }
 
     /// What the kernel needs of it.
-    pub(super) fn sorted(&self) -> SortedCode<'_> {
-        SortedCode { bounds: &self.bounds, pairs: &self.pairs }
+    pub(in crate::quant) fn sorted(&self) -> SortedCode<'_> {
+        SortedCode { name: self.name, bounds: &self.bounds, pairs: &self.pairs }
     }
 
     /// The values, on a device.
@@ -53,7 +55,8 @@ impl Code {
 
 /// 4-bit NormalFloat, in order.
 #[rustfmt::skip]
-pub(super) static NF4: Code = Code::new(
+pub(in crate::quant) static NF4: Code = Code::new(
+    "Nf4",
     [
         -1.0, -0.696_192_8, -0.525_073_05, -0.394_917_5, -0.284_441_38, -0.184_773_43, -0.091_050_036, 0.0,
         0.079_580_3, 0.160_930_2, 0.246_112_3, 0.337_915_24, 0.440_709_83, 0.562_617, 0.722_956_84, 1.0,
@@ -66,7 +69,8 @@ pub(super) static NF4: Code = Code::new(
 /// so that a tiny positive value has that and a tiny negative one the other, as
 /// in bitsandbytes.
 #[rustfmt::skip]
-pub(super) static FP4: Code = Code::new(
+pub(in crate::quant) static FP4: Code = Code::new(
+    "Fp4",
     [
         0.0, 0.005_208_333_5, 0.666_666_7, 1.0, 0.333_333_34, 0.5, 0.166_666_67, 0.25,
         0.0, -0.005_208_333_5, -0.666_666_7, -1.0, -0.333_333_34, -0.5, -0.166_666_67, -0.25,

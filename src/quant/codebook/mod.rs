@@ -7,11 +7,12 @@ mod blocks;
 mod code;
 mod scales;
 
-use super::{Meta, PackedWeight, Parts, Scheme, packing};
+use super::{Meta, PackedWeight, Parts, Scheme, packing, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
 use blocks::{pack_nibbles, quantize_blocks};
-use code::{Code, FP4, NF4};
+use code::Code;
+pub(in crate::quant) use code::{FP4, NF4};
 use scales::Scales;
 use tch::{Kind, Tensor};
 
@@ -20,7 +21,9 @@ pub(super) struct Codebook {
     /// u8 (⌈n / 2⌉, 1) of n values.
     data: SharedTensor,
     scales: Scales,
-    code: &'static Code,
+    /// The code's values, f32 (16), where the data is: handing them over in each step would let a
+    /// device wait for its host.
+    map: SharedTensor,
     /// Values that share a scale.
     block: i64,
     scheme: Scheme,
@@ -46,7 +49,8 @@ impl Codebook {
         let [data, absmax] = packed.map_or_else(|| pack_with_operators(&flat, code, block), Ok)?;
         let data = SharedTensor::new(data.f_unsqueeze(1)?);
         let scales = if double_quant { Scales::double(&absmax)? } else { Scales::Plain(SharedTensor::new(absmax)) };
-        Ok(Codebook { data, scales, code, block, scheme, meta: Meta { sizes, kind, device } })
+        let map = SharedTensor::new(code.tensor(device)?);
+        Ok(Codebook { data, scales, map, block, scheme, meta: Meta { sizes, kind, device } })
     }
 
     pub(super) fn assemble(mut parts: Parts) -> Result<Self> {
@@ -55,13 +59,13 @@ impl Codebook {
         let len: i64 = parts.sizes.iter().product();
         let blocks = (len + block - 1) / block;
         let data = parts.take("weight", Kind::Uint8, &[(len + 1) / 2, 1])?;
-        let map = parts.take("weight.quant_map", Kind::Float, &[16])?.get();
-        if Vec::<f32>::try_from(&map)? != code.values {
+        let map = parts.take("weight.quant_map", Kind::Float, &[16])?;
+        if Vec::<f32>::try_from(map.get())? != code.values {
             return Err(parts.wrong("weight.quant_map", format!("the values of {scheme}"), "others"));
         }
         let scales = Scales::take(&mut parts, blocks, double_quant)?;
         let (sizes, kind) = parts.finish()?;
-        Ok(Codebook { data, scales, code, block, scheme, meta: Meta { sizes, kind, device } })
+        Ok(Codebook { data, scales, map, block, scheme, meta: Meta { sizes, kind, device } })
     }
 
     /// Unpacks flat elements `start..` into a (rows, columns) tensor with libtorch's
@@ -73,11 +77,14 @@ impl Codebook {
         let high = bytes.f_bitwise_right_shift_tensor_scalar(4)?;
         let nibbles = Tensor::f_stack(&[high, bytes.f_bitwise_and(15)?], 1)?.f_view([-1])?;
         let nibbles = nibbles.f_narrow(0, start - 2 * first, len)?.f_to_kind(Kind::Int64)?;
-        let code = self.code.tensor(self.meta.device)?;
-        let blocks = Tensor::f_arange_start(start, start + len, (Kind::Int64, self.meta.device))?;
-        let blocks = blocks.f_divide_scalar_mode(self.block, "floor")?;
-        let scale = self.scales.dense()?.f_index_select(0, &blocks)?;
-        let values = code.f_index_select(0, &nibbles)?.f_mul(&scale)?.f_to_kind(self.meta.kind)?;
+        let places = Tensor::f_arange_start(start, start + len, (Kind::Int64, self.meta.device))?;
+        self.write_values(&nibbles, &places, &self.scales.dense()?, out)
+    }
+
+    /// Writes the values of codes (n) at these places of the flat weight (n).
+    fn write_values(&self, codes: &Tensor, places: &Tensor, scales: &Tensor, out: &mut Tensor) -> Result<()> {
+        let scale = scales.f_index_select(0, &places.f_divide_scalar_mode(self.block, "floor")?)?;
+        let values = self.map.get().f_index_select(0, codes)?.f_mul(&scale)?.f_to_kind(self.meta.kind)?;
         out.f_copy_(&values.f_view(out.size().as_slice())?)?;
         Ok(())
     }
@@ -97,12 +104,26 @@ impl PackedWeight for Codebook {
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let mut tensors = vec![("weight".to_string(), self.data.get())];
         tensors.extend(self.scales.tensors().map(|(name, tensor)| (format!("weight.{name}"), tensor)));
-        tensors.push(("weight.quant_map".into(), self.code.tensor(self.meta.device)?));
+        tensors.push(("weight.quant_map".into(), self.map.get()));
         Ok(tensors)
     }
 
     fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
         self.unpack_with_operators(start * self.shape()[1], out)
+    }
+
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+        let (columns, scales) = (self.shape()[1], self.scales.dense()?);
+        let column = Tensor::f_arange(columns, (Kind::Int64, self.meta.device))?;
+        tiles::for_each(index.size1()?, columns, |start, rows| {
+            let first = index.f_narrow(0, start, rows)?.f_mul_scalar(columns)?.f_unsqueeze(1)?;
+            let places = first.f_add(&column)?.f_view([-1])?;
+            let bytes = self.data.get().f_view([-1])?.f_index_select(0, &places.f_divide_scalar_mode(2, "floor")?)?;
+            // By 4 for the first of two, by 0 for the second.
+            let shift = places.f_remainder(2)?.f_mul_scalar(-4)?.f_add_scalar(4)?;
+            let codes = bytes.f_to_kind(Kind::Int64)?.f_bitwise_right_shift(&shift)?.f_bitwise_and(15)?;
+            self.write_values(&codes, &places, &scales, &mut out.f_narrow(0, start, rows)?)
+        })
     }
 }
 

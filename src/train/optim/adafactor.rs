@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::ffi::optim::{foreach_add, foreach_mul};
 use crate::model::NamedParameter;
 use serde_json::{Map, Value, json};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Adafactor (Shazeer and Stern, arXiv:1804.04235), the same as transformers'
 /// `Adafactor`: same defaults, same arithmetic. (`torch.optim.Adafactor` is
@@ -165,7 +165,12 @@ impl AdafactorRule {
             change = exp_avg.shallow_clone();
         }
         if weight_decay != 0.0 {
-            foreach_add(&[&param], &[&param], f64::try_from(&lr.f_mul_scalar(-weight_decay)?)?)?;
+            let rate = lr.f_mul_scalar(-weight_decay)?;
+            match rate.device() {
+                Device::Cpu => foreach_add(&[&param], &[&param], f64::try_from(&rate)?)?,
+                // Reading it would wait for the device.
+                _ => drop(param.f_addcmul_(&param.shallow_clone(), &rate)?),
+            }
         }
         let _ = param.f_sub_(&change)?;
         // Does nothing where the cast made no copy.

@@ -4,6 +4,7 @@ use super::rule::{ParameterGroup, Update, UpdateRule, check_beta, check_not_nega
 use super::{GroupedOptimizer, OptimizerBuilder};
 use crate::error::Result;
 use crate::ffi::adamw::{Hyper, fused_step};
+use crate::ffi::optim::foreach_add_scalar;
 use crate::model::NamedParameter;
 use serde_json::{Map, Value, json};
 use tch::{Kind, Tensor};
@@ -92,16 +93,15 @@ impl UpdateRule for AdamWRule {
     }
 
     fn update(&self, batch: &mut [Update<'_>], ParameterGroup { lr, weight_decay }: ParameterGroup) -> Result<()> {
-        for update in batch.iter_mut() {
-            let _ = update.state[2].f_add_scalar_(1.0)?;
-        }
+        let steps: Vec<_> = batch.iter().map(|update| &update.state[2]).collect();
+        foreach_add_scalar(&steps, 1.0)?;
         let AdamWRule { beta1, beta2, eps } = *self;
         fused_step(
             &batch.iter().map(|update| &update.param).collect::<Vec<_>>(),
             &batch.iter().map(|update| &update.grad).collect::<Vec<_>>(),
             &batch.iter().map(|update| &update.state[0]).collect::<Vec<_>>(),
             &batch.iter().map(|update| &update.state[1]).collect::<Vec<_>>(),
-            &batch.iter().map(|update| &update.state[2]).collect::<Vec<_>>(),
+            &steps,
             Hyper { lr, beta1, beta2, weight_decay, eps },
         )
     }

@@ -1,14 +1,17 @@
 //! AdamW whose moments are kept in 8 bits.
 
 use super::blockwise::Code;
+use super::kernel::{self, Factors, Moment};
 use super::rule::{
     ParameterGroup, Update, UpdateRule, check_beta, check_not_negative, count_step, object, step_count, zeros_like,
 };
 use super::{GroupedOptimizer, OptimizerBuilder};
 use crate::error::{Error, Result};
+use crate::ffi::cuda;
 use crate::ffi::optim::{foreach_add, foreach_addcdiv, foreach_addcmul, foreach_mul};
 use crate::model::NamedParameter;
 use serde_json::{Map, Value, json};
+use std::sync::{Arc, Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 /// AdamW with block-wise 8-bit moments (Dettmers et al., "8-bit optimizers via
@@ -20,7 +23,9 @@ use tch::{Device, Kind, Tensor};
 /// Parameters with fewer than `min_8bit_size` values keep f32 moments.
 ///
 /// Values are rounded to the nearest of the map, as bitsandbytes' CUDA kernels
-/// do; its CPU kernel rounds through a table and may take a neighbour.
+/// do; its CPU kernel rounds through a table and may take a neighbour. On CUDA a
+/// step of a parameter is one kernel of this crate's, whose moments may differ from
+/// the CPU's in the last bit of f32, and codes of those half-way between two by one.
 ///
 /// State of each parameter: `step`, an i64 scalar; `exp_avg` and `exp_avg_sq`
 /// with its shape, u8 or f32; for u8, `exp_avg_absmax` and `exp_avg_sq_absmax`.
@@ -47,13 +52,16 @@ pub struct AdamW8bitRule {
     beta2: f64,
     eps: f64,
     min_8bit_size: usize,
+    /// The maps on the device used last: handing them over in each step would
+    /// let a device wait for its host.
+    codes: Arc<Mutex<Option<Arc<Codes>>>>,
 }
 
 impl AdamW8bit {
     /// Settings to start from: lr 1e-3, betas 0.9 and 0.999, eps 1e-8, weight
     /// decay 0.01, 8 bits from 4096 values on.
     pub fn builder() -> OptimizerBuilder<AdamW8bitRule> {
-        let rule = AdamW8bitRule { beta1: 0.9, beta2: 0.999, eps: 1e-8, min_8bit_size: 4096 };
+        let rule = AdamW8bitRule { beta1: 0.9, beta2: 0.999, eps: 1e-8, min_8bit_size: 4096, codes: Arc::default() };
         OptimizerBuilder::new(rule, 1e-3, 1e-2)
     }
 }
@@ -79,22 +87,66 @@ impl OptimizerBuilder<AdamW8bitRule> {
 }
 
 /// The maps of both moments.
+#[derive(Debug)]
 struct Codes {
     signed: Code,
     unsigned: Code,
-}
-
-impl Codes {
-    fn new(device: Device) -> Result<Codes> {
-        Ok(Codes { signed: Code::dynamic(true, device)?, unsigned: Code::dynamic(false, device)? })
-    }
+    device: Device,
 }
 
 impl AdamW8bitRule {
+    fn codes(&self, device: Device) -> Result<Arc<Codes>> {
+        let mut known = self.codes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(codes) = known.as_ref().filter(|codes| codes.device == device) {
+            return Ok(Arc::clone(codes));
+        }
+        let (signed, unsigned) = (Code::dynamic(true, device)?, Code::dynamic(false, device)?);
+        Ok(Arc::clone(known.insert(Arc::new(Codes { signed, unsigned, device }))))
+    }
+
     fn update_one(&self, codes: &Codes, update: &mut Update<'_>, group: ParameterGroup) -> Result<()> {
+        let step = count_step(&mut update.state[0])? as f64;
+        if update.state.len() == 5 && self.step_by_kernel(codes, update, group, step)? {
+            return Ok(());
+        }
+        self.step_by_operators(codes, update, group, step)
+    }
+
+    /// Does the step where a kernel can, on CUDA devices.
+    fn step_by_kernel(&self, codes: &Codes, update: &mut Update<'_>, group: ParameterGroup, step: f64) -> Result<bool> {
+        let Update { param, grad, state } = update;
+        let [_, first, first_scales, second, second_scales] = &mut **state else { return Ok(false) };
+        if !kernel::fits(param, grad)? {
+            return Ok(false);
+        }
+        let moments = [
+            Moment { code: &codes.signed, codes: first, scales: first_scales },
+            Moment { code: &codes.unsigned, codes: second, scales: second_scales },
+        ];
+        let device = param.device();
+        let factors = self.factors(group, step);
+        Ok(cuda::by_kernel(device, |launcher| kernel::step(launcher, param, grad, moments, factors))?.is_some())
+    }
+
+    fn factors(&self, ParameterGroup { lr, weight_decay }: ParameterGroup, step: f64) -> Factors {
+        Factors {
+            betas: [self.beta1, self.beta2],
+            keep: 1.0 - lr * weight_decay,
+            rate: -lr / (1.0 - self.beta1.powf(step)),
+            correction: (1.0 - self.beta2.powf(step)).sqrt(),
+            eps: self.eps,
+        }
+    }
+
+    fn step_by_operators(
+        &self,
+        codes: &Codes,
+        update: &mut Update<'_>,
+        group: ParameterGroup,
+        step: f64,
+    ) -> Result<()> {
         let ParameterGroup { lr, weight_decay } = group;
         let Update { param, grad, state } = update;
-        let step = count_step(&mut state[0])? as f64;
         let grad = grad.f_to_kind(Kind::Float)?;
         let quantized = state.len() == 5;
         let (exp_avg, exp_avg_sq) = match quantized {
@@ -168,7 +220,71 @@ impl UpdateRule for AdamW8bitRule {
     }
 
     fn update(&self, batch: &mut [Update<'_>], group: ParameterGroup) -> Result<()> {
-        let codes = Codes::new(batch[0].param.device())?;
+        let codes = self.codes(batch[0].param.device())?;
         batch.iter_mut().try_for_each(|update| self.update_one(&codes, update, group))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ffi::cuda::Program;
+    use crate::ffi::cuda::emulation::Emulation;
+    use crate::ffi::cuda::nvrtc::assert_compiles;
+
+    /// The kernel's steps beside those of libtorch's operators, from the same values: parameters within
+    /// the rounding of a few f32 operations (and that of their dtype), codes at most one apart.
+    #[test]
+    fn the_kernel_steps_as_the_operators_do() {
+        let rule = AdamW8bit::builder().betas(0.9, 0.99).rule;
+        let group = ParameterGroup { lr: 1e-2, weight_decay: 0.1 };
+        let codes = rule.codes(Device::Cpu).unwrap();
+        for (count, kind) in [(4096, Kind::Float), (5000, Kind::Float), (300, Kind::BFloat16), (1023, Kind::Half)] {
+            let make = |tensor: &Tensor| {
+                let parameter = NamedParameter { name: "p".into(), tensor: tensor.copy() };
+                let rule = AdamW8bit::builder().min_8bit_size(1).rule;
+                rule.init(&parameter).unwrap().into_iter().map(|(_, tensor)| tensor).collect::<Vec<_>>()
+            };
+            let start = Tensor::randn([count], (Kind::Float, Device::Cpu)).to_kind(kind);
+            let mut here = (start.copy(), make(&start));
+            for step in 1..4 {
+                let grad = (Tensor::randn([count], (Kind::Float, Device::Cpu)) * 0.1).to_kind(kind);
+                let _ = grad.narrow(0, 0, 256).fill_(0.0);
+                // Both from the same state: a code that was rounded the other way would make more differ.
+                let mut there = (here.0.copy(), here.1.iter().map(Tensor::copy).collect::<Vec<_>>());
+                let mut update = Update { param: here.0.shallow_clone(), grad: grad.copy(), state: &mut here.1 };
+                rule.step_by_operators(&codes, &mut update, group, f64::from(step)).unwrap();
+                let [_, first, first_scales, second, second_scales] = &mut there.1[..] else { panic!() };
+                let moments = [
+                    Moment { code: &codes.signed, codes: first, scales: first_scales },
+                    Moment { code: &codes.unsigned, codes: second, scales: second_scales },
+                ];
+                let factors = rule.factors(group, f64::from(step));
+                kernel::step(&Emulation, &mut there.0, &grad, moments, factors).unwrap();
+                let what = format!("{count} of {kind:?}, step {step}");
+                let largest = |found: &Tensor, expected: &Tensor| {
+                    let wide = |t: &Tensor| t.to_kind(Kind::Double);
+                    f64::try_from((wide(found) - wide(expected)).abs().max()).unwrap()
+                };
+                let bound = if kind == Kind::Float { 2e-6 } else { 2e-2 };
+                assert!(largest(&there.0, &here.0) < bound, "{what}: {}", largest(&there.0, &here.0));
+                for codes in [1, 3] {
+                    assert!(largest(&there.1[codes], &here.1[codes]) <= 1.0, "{what}");
+                    let differ = there.1[codes].ne_tensor(&here.1[codes]).sum(Kind::Int64);
+                    assert!(i64::try_from(differ).unwrap() <= count / 500 + 1, "{what}");
+                    assert!(largest(&there.1[codes + 1], &here.1[codes + 1]) < 1e-7, "{what}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_kernel_compiles() {
+        for capability in [80, 90, 120] {
+            for dtype in ["f32", "bf16", "f16"] {
+                let source = include_str!("../../../csrc/kernels/adamw8bit.cu");
+                assert_compiles(&Program { name: "adamw8bit", source, macros: vec![("T", dtype)] }, capability);
+            }
+        }
     }
 }

@@ -7,6 +7,7 @@ mod adamw8bit;
 mod blockwise;
 mod builder;
 mod grouped;
+mod kernel;
 mod lion;
 mod rule;
 mod sgd;

@@ -11,6 +11,8 @@ pub(crate) const TINY: f32 = 1e-38;
 /// A 4-bit code.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SortedCode<'a> {
+    /// What `csrc/kernels/formats.cuh` calls it.
+    pub(crate) name: &'static str,
     /// The fifteen midpoints between values that are neighbours, rising; then
     /// one that is not used.
     pub(crate) bounds: &'a [f32; LANES],

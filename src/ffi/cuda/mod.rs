@@ -1,0 +1,160 @@
+//! Kernels of our own on CUDA devices.
+//!
+//! A [`Program`] is CUDA C++ of `csrc/kernels` and the macros that choose what
+//! it is compiled for. [`nvrtc`] compiles it for the very architecture of the
+//! device, [`cache`] keeps the result on disk, and [`launch`] starts a kernel
+//! of it on the stream and in the context that libtorch's own operators use. Memory
+//! is that of tensors. Nothing here waits for the device, and nothing is linked:
+//! driver and compiler are opened when the first kernel is started.
+//!
+//! To add a kernel: write `csrc/kernels/NAME.cu`, with its parameters in a
+//! struct of fields of eight bytes and its body under `KERNEL` (see
+//! `common.cuh`); make a `Program` of it; start it with a [`Launch`] whose
+//! arguments are those fields in order. `emulation` runs the same source on the
+//! CPU, for tests of indices and numbers, and `nvrtc`'s tests compile it for
+//! several architectures.
+
+mod cache;
+mod driver;
+#[cfg(test)]
+pub(crate) mod emulation;
+mod fallback;
+mod launch;
+pub(crate) mod nvrtc;
+
+pub(crate) use fallback::by_kernel;
+
+use crate::error::{Error, Result};
+use std::hash::{Hash, Hasher};
+use tch::Tensor;
+
+/// A file of CUDA C++ and how to compile it; known by name and macros.
+#[derive(Debug, Clone)]
+pub(crate) struct Program {
+    /// The file's name in `csrc/kernels`, without its ending.
+    pub(crate) name: &'static str,
+    pub(crate) source: &'static str,
+    /// Names and values.
+    pub(crate) macros: Vec<(&'static str, &'static str)>,
+}
+
+/// The files that programs may include, by name.
+const HEADERS: [(&str, &str); 2] = [
+    ("common.cuh", include_str!("../../../csrc/kernels/common.cuh")),
+    ("formats.cuh", include_str!("../../../csrc/kernels/formats.cuh")),
+];
+
+impl PartialEq for Program {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && self.macros == other.macros
+    }
+}
+
+impl Eq for Program {}
+
+impl Hash for Program {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.name, &self.macros).hash(state);
+    }
+}
+
+impl Program {
+    /// The compiler's options for these macros.
+    fn defines(&self) -> impl Iterator<Item = String> + '_ {
+        self.macros.iter().map(|(name, value)| format!("-D{name}={value}"))
+    }
+}
+
+/// One field of a kernel's parameters: eight bytes.
+#[derive(Debug)]
+pub(crate) enum Argument<'a> {
+    /// The elements of a contiguous tensor on the device.
+    Read(&'a Tensor),
+    /// The same, to be written. The kernel writes all of them, or as its caller
+    /// says.
+    Write(&'a mut Tensor),
+    /// A null pointer.
+    Absent,
+    Int(i64),
+    /// A `double`.
+    #[allow(dead_code)]
+    Real(f64),
+}
+
+/// Words that the parameters of a kernel may have; `KERNEL` checks the struct.
+const WORDS: usize = 64;
+
+impl Argument<'_> {
+    fn word(&self) -> u64 {
+        match self {
+            Argument::Read(tensor) => tensor.data_ptr().expose_provenance() as u64,
+            Argument::Write(tensor) => tensor.data_ptr().expose_provenance() as u64,
+            Argument::Absent => 0,
+            Argument::Int(value) => value.cast_unsigned(),
+            Argument::Real(value) => value.to_bits(),
+        }
+    }
+
+    fn tensor(&self) -> Option<&Tensor> {
+        match self {
+            Argument::Read(tensor) => Some(tensor),
+            Argument::Write(tensor) => Some(tensor),
+            _ => None,
+        }
+    }
+}
+
+/// One start of a kernel.
+#[derive(Debug)]
+pub(crate) struct Launch<'a> {
+    pub(crate) program: &'a Program,
+    pub(crate) kernel: &'static str,
+    /// Blocks in each direction.
+    pub(crate) blocks: [u32; 2],
+    /// Threads of a block, as many as `KERNEL` says.
+    pub(crate) threads: u32,
+    pub(crate) arguments: &'a [Argument<'a>],
+}
+
+impl Launch<'_> {
+    /// The parameters as the kernel's struct, with zeros after them.
+    ///
+    /// The tensors must be contiguous and on the device `home`.
+    fn words(&self, home: tch::Device) -> Result<[u64; WORDS]> {
+        for tensor in self.arguments.iter().filter_map(Argument::tensor) {
+            if tensor.device() != home || !tensor.is_contiguous() {
+                let found = format!("one on {:?}, contiguous {}", tensor.device(), tensor.is_contiguous());
+                return Err(self.error(format!("expected a contiguous tensor on {home:?}, found {found}")));
+            }
+        }
+        let mut words = [0; WORDS];
+        if self.arguments.len() > WORDS {
+            return Err(self.error(format!("expected at most {WORDS} arguments, found {}", self.arguments.len())));
+        }
+        words.iter_mut().zip(self.arguments).for_each(|(word, argument)| *word = argument.word());
+        Ok(words)
+    }
+
+    fn error(&self, reason: String) -> Error {
+        let remedy = "please report it: the kernel's caller must see to that".into();
+        Error::Kernel { kernel: format!("{}::{}", self.program.name, self.kernel), reason, remedy }
+    }
+}
+
+/// Where kernels run: a card, or in tests the emulation.
+pub(crate) trait Launcher {
+    /// Starts a kernel after all that was started before.
+    fn launch(&self, launch: &Launch) -> Result<()>;
+
+    /// The device's compute capability: 90 is 9.0.
+    fn capability(&self) -> u32;
+
+    /// The multiprocessors of the device: work for a few blocks each fills it.
+    fn processors(&self) -> u32;
+}
+
+/// Whether the elements of a tensor begin at a multiple of 16 bytes, as vector
+/// loads need it.
+pub(crate) fn aligned(tensor: &Tensor) -> bool {
+    tensor.data_ptr().addr().is_multiple_of(16)
+}
