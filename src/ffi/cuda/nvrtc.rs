@@ -286,6 +286,24 @@ mod tests {
         assert_eq!(names(candidates(root.path())), of_loader);
     }
 
+    // A cache may hand out a program for that very source and device only.
+    #[test]
+    fn keys_tell_programs_apart() {
+        let Ok(nvrtc) = Nvrtc::get() else { return eprintln!("without NVRTC: this test checks nothing") };
+        let program = Program { name: "a", source: "b", macros: vec![("W", "f32")] };
+        let key = nvrtc.key(&program, "sm_90");
+        assert_eq!(nvrtc.key(&program.clone(), "sm_90"), key);
+        assert_ne!(nvrtc.key(&program, "sm_80"), key);
+        for other in [
+            Program { name: "b", ..program.clone() },
+            Program { source: "c", ..program.clone() },
+            Program { macros: vec![("W", "f16")], ..program.clone() },
+            Program { macros: vec![], ..program.clone() },
+        ] {
+            assert_ne!(nvrtc.key(&other, "sm_90"), key, "{other:?}");
+        }
+    }
+
     #[test]
     fn a_compiler_that_is_none_is_told_with_the_reason() {
         let file = tempfile::NamedTempFile::new().unwrap();

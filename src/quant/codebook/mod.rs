@@ -7,7 +7,7 @@ mod blocks;
 mod code;
 mod scales;
 
-use super::{Meta, PackedWeight, Parts, Scheme, packing};
+use super::{Meta, PackedWeight, Parts, Scheme, packing, tiles};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
 use blocks::{pack_nibbles, quantize_blocks};
@@ -20,7 +20,8 @@ pub(super) struct Codebook {
     /// u8 (⌈n / 2⌉, 1) of n values.
     data: SharedTensor,
     scales: Scales,
-    /// f32 (16): the values of the codes.
+    /// The code's values, f32 (16), where the data is: handing them over in each step would let a
+    /// device wait for its host.
     map: SharedTensor,
     /// Values that share a scale.
     block: i64,
@@ -75,10 +76,14 @@ impl Codebook {
         let high = bytes.f_bitwise_right_shift_tensor_scalar(4)?;
         let nibbles = Tensor::f_stack(&[high, bytes.f_bitwise_and(15)?], 1)?.f_view([-1])?;
         let nibbles = nibbles.f_narrow(0, start - 2 * first, len)?.f_to_kind(Kind::Int64)?;
-        let blocks = Tensor::f_arange_start(start, start + len, (Kind::Int64, self.meta.device))?;
-        let blocks = blocks.f_divide_scalar_mode(self.block, "floor")?;
-        let scale = self.scales.dense()?.f_index_select(0, &blocks)?;
-        let values = self.map.get().f_index_select(0, &nibbles)?.f_mul(&scale)?.f_to_kind(self.meta.kind)?;
+        let places = Tensor::f_arange_start(start, start + len, (Kind::Int64, self.meta.device))?;
+        self.write_values(&nibbles, &places, &self.scales.dense()?, out)
+    }
+
+    /// Writes the values of codes (n) at these places of the flat weight (n).
+    fn write_values(&self, codes: &Tensor, places: &Tensor, scales: &Tensor, out: &mut Tensor) -> Result<()> {
+        let scale = scales.f_index_select(0, &places.f_divide_scalar_mode(self.block, "floor")?)?;
+        let values = self.map.get().f_index_select(0, codes)?.f_mul(&scale)?.f_to_kind(self.meta.kind)?;
         out.f_copy_(&values.f_view(out.size().as_slice())?)?;
         Ok(())
     }
@@ -104,6 +109,20 @@ impl PackedWeight for Codebook {
 
     fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
         self.unpack_with_operators(start * self.shape()[1], out)
+    }
+
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+        let (columns, scales) = (self.shape()[1], self.scales.dense()?);
+        let column = Tensor::f_arange(columns, (Kind::Int64, self.meta.device))?;
+        tiles::for_each(index.size1()?, columns, |start, rows| {
+            let first = index.f_narrow(0, start, rows)?.f_mul_scalar(columns)?.f_unsqueeze(1)?;
+            let places = first.f_add(&column)?.f_view([-1])?;
+            let bytes = self.data.get().f_view([-1])?.f_index_select(0, &places.f_divide_scalar_mode(2, "floor")?)?;
+            // By 4 for the first of two, by 0 for the second.
+            let shift = places.f_remainder(2)?.f_mul_scalar(-4)?.f_add_scalar(4)?;
+            let codes = bytes.f_to_kind(Kind::Int64)?.f_bitwise_right_shift(&shift)?.f_bitwise_and(15)?;
+            self.write_values(&codes, &places, &scales, &mut out.f_narrow(0, start, rows)?)
+        })
     }
 }
 
