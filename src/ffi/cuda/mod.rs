@@ -152,6 +152,12 @@ pub(crate) trait Launcher {
     fn processors(&self) -> u32;
 }
 
+/// Why a library can't be opened; the loader's own words are the error's source.
+fn told(error: libloading::Error) -> String {
+    let source = std::error::Error::source(&error).map(ToString::to_string);
+    source.unwrap_or_else(|| error.to_string())
+}
+
 /// Whether the elements of a tensor begin at a multiple of 16 bytes, as vector
 /// loads need it.
 pub(crate) fn aligned(tensor: &Tensor) -> bool {

@@ -5,7 +5,7 @@
 //! loader looks. Its `builtins` library lies beside it and must be loaded first,
 //! since NVRTC asks for it by name only.
 
-use super::{HEADERS, Program};
+use super::{HEADERS, Program, told};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
@@ -86,7 +86,6 @@ impl Nvrtc {
                 std::mem::forget(library);
             }
         }
-        let told = |e: libloading::Error| e.to_string();
         // SAFETY: the declarations are those of nvrtc.h, the same since CUDA
         // 11.1; loading has no effect on others.
         unsafe {
