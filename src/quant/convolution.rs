@@ -11,7 +11,7 @@ use super::{PackedWeight, tiles};
 use crate::error::{Error, Result};
 use crate::ffi::hook::ConvolutionForm;
 use std::ops::Range;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Some output channels, all of one group or those of whole groups.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,8 +24,8 @@ struct Slice {
 
 /// Cuts a weight (out, in / groups · kernel), whose groups see `seen` input
 /// channels each, into slices of at most one tile (or one row).
-fn slices([out, inn]: [i64; 2], seen: i64, groups: i64) -> Vec<Slice> {
-    let (limit, of_group) = (tiles::rows(inn), (out / groups).max(1));
+fn slices([out, inn]: [i64; 2], seen: i64, groups: i64, device: Device) -> Vec<Slice> {
+    let (limit, of_group) = (tiles::rows(device, inn), (out / groups).max(1));
     let mut slices = Vec::new();
     let mut row = 0;
     while row < out {
@@ -69,7 +69,7 @@ pub(super) fn apply(
         return convolve(x, &dense, bias, form);
     }
     let ([out, inn], seen) = (weight.shape(), x.size().get(1).copied().unwrap_or_default() / form.groups);
-    let slices = slices([out, inn], seen, form.groups);
+    let slices = slices([out, inn], seen, form.groups, x.device());
     let mut y: Option<Tensor> = None;
     for slice in &slices {
         let form = ConvolutionForm { groups: slice.groups, ..form.clone() };
@@ -111,7 +111,7 @@ pub(super) fn input_gradient(
         return adjoint(grad, &dense, sizes, form);
     }
     let seen = sizes.get(1).copied().unwrap_or_default() / form.groups;
-    let slices = slices([out, inn], seen, form.groups);
+    let slices = slices([out, inn], seen, form.groups, device);
     let part = |slice: &Slice, tile: &Tensor| {
         let form = ConvolutionForm { groups: slice.groups, ..form.clone() };
         let (grad, tile) = (narrow(grad, 1, &slice.rows)?, as_kernels(tile, weight.sizes())?);
@@ -136,7 +136,7 @@ pub(super) fn input_gradient(
     let mut unpacked = true;
     for group in 0..form.groups {
         let rows = group * of_group..(group + 1) * of_group;
-        tiles::for_each(seen, of_group * kernel, |start, count| {
+        tiles::for_each_of(tiles::rows(device, of_group * kernel), seen, |start, count| {
             if !unpacked {
                 return Ok(());
             }
@@ -189,7 +189,6 @@ fn adjoint(grad: &Tensor, weight: &Tensor, sizes: &[i64], form: &ConvolutionForm
 mod tests {
     use super::*;
     use crate::quant::{Dense, PackedWeight, Scheme, quantize};
-    use tch::Device;
 
     fn random(sizes: &[i64]) -> Tensor {
         Tensor::randn(sizes, (Kind::Float, Device::Cpu))
@@ -242,7 +241,7 @@ mod tests {
             [([7, 1 << 19], 10, 1), ([64, 1 << 18], 4, 4), ([64, 1 << 14], 4, 16), ([6, 1 << 21], 3, 2), ([5, 5], 5, 1)]
         {
             let (mut row, of_group) = (0, out / groups);
-            for slice in slices([out, inn], seen, groups) {
+            for slice in slices([out, inn], seen, groups, Device::Cpu) {
                 let rows = slice.rows.end - slice.rows.start;
                 assert_eq!(slice.rows.start, row);
                 assert!(rows == 1 || rows * inn <= 1 << 20);

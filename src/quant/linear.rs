@@ -9,7 +9,7 @@ use super::{LinearMap, PackedWeight, gemm, tiles};
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
 use crate::ffi::runtime::autocast_kind;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// A dense weight as the matrix that products see, if it is of their dtype:
 /// another one is cast tile by tile.
@@ -28,6 +28,12 @@ fn dense_matrix(weight: &dyn PackedWeight, kind: Kind) -> Result<Option<Tensor>>
 const FEW: i64 = 16;
 const FEW_OF_16_BITS: i64 = 8;
 
+/// That number for x · Wᵀ.
+fn few(kind: Kind, device: Device) -> i64 {
+    // A card's kernels are bound by its memory up to the same number in any dtype.
+    if kind == Kind::Float || device != Device::Cpu { FEW } else { FEW_OF_16_BITS }
+}
+
 /// x · Wᵀ (+ bias): x (n, in), result (n, out), in the dtype of x.
 ///
 /// Sums are in f32, or f64 for such x.
@@ -43,11 +49,10 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
     };
     let n = x.size2()?.0;
     let mut y = Tensor::f_empty([n, out], (kind, x.device()))?;
-    let few = if kind == Kind::Float { FEW } else { FEW_OF_16_BITS };
-    if n <= few && op::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
+    if n <= few(kind, x.device()) && op::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
         return add(y);
     }
-    tiles::for_each_rows(kind, [out, inn], |start, rows| {
+    tiles::for_each_rows((kind, x.device()), [out, inn], |start, rows| {
         tiles::with_scratch(rows, inn, kind, x.device(), |tile| {
             if !op::run(weight, Op::Unpack { row: start, columns: 0..inn, out: tile })? {
                 weight.unpack_rows(start, tile)?;
@@ -73,7 +78,7 @@ pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Resul
     }
     // A range of columns is summed up in one product. Where only rows can be
     // unpacked, the sums of all tiles are added up in f32.
-    if tiles::for_each_columns(kind, [out, inn], |start, columns| {
+    if tiles::for_each_columns((kind, g.device()), [out, inn], |start, columns| {
         tiles::with_scratch(out, columns, kind, g.device(), |tile| {
             let unpacked = op::run(weight, Op::Unpack { row: 0, columns: start..start + columns, out: tile })?;
             if unpacked {
@@ -86,7 +91,7 @@ pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Resul
     }
     let sum_kind = if kind == Kind::Double { kind } else { Kind::Float };
     let mut sum = Tensor::f_zeros([n, inn], (sum_kind, g.device()))?;
-    tiles::for_each_rows(kind, [out, inn], |start, rows| {
+    tiles::for_each_rows((kind, g.device()), [out, inn], |start, rows| {
         tiles::with_scratch(rows, inn, kind, g.device(), |tile| {
             weight.unpack_rows(start, tile)?;
             let g = g.f_narrow(1, start, rows)?;

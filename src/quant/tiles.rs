@@ -1,36 +1,73 @@
 //! Tiles: how much of a weight is dense at a time.
 
 use crate::error::Result;
+use crate::ffi::bytes::element_size;
 use std::cell::RefCell;
+use std::sync::OnceLock;
 use tch::{Device, Kind, Tensor};
 
 /// Elements of one tile: 4 MiB of f32, small enough for the last-level cache
 /// and large enough for a matrix product to run at full speed.
 const TILE: i64 = 1 << 20;
 
-/// Elements of a tile that a product reads: 4 MiB, of which 16-bit numbers are
-/// twice as many.
-fn elements(kind: Kind) -> i64 {
-    if matches!(kind, Kind::BFloat16 | Kind::Half) { 2 * TILE } else { TILE }
+/// Elements of a tile that a product reads: on the CPU 4 MiB, of which 16-bit
+/// numbers are twice as many.
+fn elements(kind: Kind, device: Device) -> i64 {
+    match (device, kind) {
+        (Device::Cuda(_), _) => cuda_bytes() / element_size(kind) as i64,
+        (_, Kind::BFloat16 | Kind::Half) => 2 * TILE,
+        _ => TILE,
+    }
 }
 
-/// Rows of a tile of rows of `inn` elements.
-pub(super) fn rows(inn: i64) -> i64 {
-    (TILE / inn.max(1)).max(1)
+/// Bytes of a tile on a CUDA device: as many MiB as `TCH_PEFT_CUDA_TILE_MIB` says.
+fn cuda_bytes() -> i64 {
+    static BYTES: OnceLock<i64> = OnceLock::new();
+    *BYTES.get_or_init(|| cuda_bytes_of(std::env::var("TCH_PEFT_CUDA_TILE_MIB").ok().as_deref()))
+}
+
+/// 64 MiB if nothing else is said: a matrix product of fewer rows or columns
+/// would not fill a large card.
+fn cuda_bytes_of(mib: Option<&str>) -> i64 {
+    let default = 64;
+    let mib = mib.map_or(default, |text| match text.parse() {
+        Ok(mib) if (1..=1 << 20).contains(&mib) => mib,
+        _ => {
+            tracing::warn!(
+                found = text,
+                expected = "a whole number of MiB",
+                default,
+                "TCH_PEFT_CUDA_TILE_MIB is ignored"
+            );
+            default
+        }
+    });
+    mib << 20
+}
+
+/// Rows of a tile of rows of `inn` elements of any dtype.
+pub(super) fn rows(device: Device, inn: i64) -> i64 {
+    let elements = if device == Device::Cpu { TILE } else { elements(Kind::Float, device) };
+    (elements / inn.max(1)).max(1)
 }
 
 /// Calls `f(start, rows)` for consecutive ranges of rows of an (out, in)
-/// weight, each of at most one tile (or one row).
+/// weight, each of at most one tile of the CPU's (or one row).
 pub(super) fn for_each(out: i64, inn: i64, f: impl FnMut(i64, i64) -> Result<()>) -> Result<()> {
-    for_each_of(rows(inn), out, f)
+    for_each_of(rows(Device::Cpu, inn), out, f)
 }
 
 /// The same, of tiles of this dtype that a product reads.
-pub(super) fn for_each_rows(kind: Kind, [out, inn]: [i64; 2], f: impl FnMut(i64, i64) -> Result<()>) -> Result<()> {
-    for_each_of((elements(kind) / inn.max(1)).max(1), out, f)
+pub(super) fn for_each_rows(
+    (kind, device): (Kind, Device),
+    [out, inn]: [i64; 2],
+    f: impl FnMut(i64, i64) -> Result<()>,
+) -> Result<()> {
+    for_each_of((elements(kind, device) / inn.max(1)).max(1), out, f)
 }
 
-fn for_each_of(step: i64, out: i64, mut f: impl FnMut(i64, i64) -> Result<()>) -> Result<()> {
+/// The same, of `step` rows.
+pub(super) fn for_each_of(step: i64, out: i64, mut f: impl FnMut(i64, i64) -> Result<()>) -> Result<()> {
     let mut start = 0;
     while start < out {
         let rows = step.min(out - start);
@@ -47,11 +84,11 @@ const COLUMNS: i64 = 512;
 /// weight unpacked to this dtype, each of at most `KEPT` elements unless the columns are very long.
 /// Ends as soon as `f` answers no, and answers whether it never did.
 pub(super) fn for_each_columns(
-    kind: Kind,
+    (kind, device): (Kind, Device),
     [out, inn]: [i64; 2],
     mut f: impl FnMut(i64, i64) -> Result<bool>,
 ) -> Result<bool> {
-    let wanted = (elements(kind) / out.max(1)).max(COLUMNS.min(KEPT / out.max(1)));
+    let wanted = (elements(kind, device) / out.max(1)).max(COLUMNS.min(KEPT / out.max(1)));
     // Whole cache lines and whole blocks of most formats.
     let step = (wanted / 64 * 64).max(64);
     let mut start = 0;
@@ -114,9 +151,9 @@ mod tests {
         for (out, inn) in [(1, 1), (7, TILE), (5, TILE + 1), (3000, 2048), (0, 4)] {
             for kind in [Kind::Float, Kind::BFloat16] {
                 let mut next = 0;
-                for_each_rows(kind, [out, inn], |start, rows| {
+                for_each_rows((kind, Device::Cpu), [out, inn], |start, rows| {
                     assert_eq!(start, next);
-                    assert!(rows == 1 || rows * inn <= elements(kind));
+                    assert!(rows == 1 || rows * inn <= elements(kind, Device::Cpu));
                     next += rows;
                     Ok(())
                 })
@@ -127,11 +164,21 @@ mod tests {
     }
 
     #[test]
+    fn tiles_on_cuda_are_as_large_as_they_may_be() {
+        for (said, mib) in [(None, 64), (Some("16"), 16), (Some("0"), 64), (Some("-3"), 64), (Some("much"), 64)] {
+            assert_eq!(cuda_bytes_of(said), mib << 20, "{said:?}");
+        }
+        for (kind, size) in [(Kind::Float, 4), (Kind::BFloat16, 2), (Kind::Double, 8)] {
+            assert_eq!(elements(kind, Device::Cuda(0)) * size, cuda_bytes());
+        }
+    }
+
+    #[test]
     fn tiles_of_columns_cover_every_column_once() {
         for (out, inn) in [(1, 1), (7, 1 << 21), (4096, 4096), (11008, 4100), (1 << 23, 100), (4, 0)] {
             for kind in [Kind::Float, Kind::BFloat16] {
                 let mut next = 0;
-                let all = for_each_columns(kind, [out, inn], |start, columns| {
+                let all = for_each_columns((kind, Device::Cpu), [out, inn], |start, columns| {
                     assert_eq!(start, next);
                     assert!(columns <= 64 || columns * out <= KEPT);
                     next += columns;
@@ -142,7 +189,7 @@ mod tests {
             }
         }
         let mut calls = 0;
-        let counted = for_each_columns(Kind::Float, [4096, 4096], |_, _| {
+        let counted = for_each_columns((Kind::Float, Device::Cpu), [4096, 4096], |_, _| {
             calls += 1;
             Ok(false)
         });

@@ -1,5 +1,6 @@
 //! The CUDA driver, of which eleven functions are needed.
 
+use super::told;
 use crate::error::{Error, Result};
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
@@ -105,8 +106,8 @@ impl Driver {
 
     fn open() -> std::result::Result<Driver, String> {
         // SAFETY: the driver's library may be loaded at any time; torch does so too.
-        let library = unsafe { Library::new("libcuda.so.1") }.map_err(|e| format!("no CUDA driver: {e}"))?;
-        let functions = Functions::of(&library).map_err(|e| format!("the CUDA driver is too old: {e}"))?;
+        let library = unsafe { Library::new("libcuda.so.1") }.map_err(|e| format!("no CUDA driver: {}", told(e)))?;
+        let functions = Functions::of(&library).map_err(|e| format!("the CUDA driver is too old: {}", told(e)))?;
         let driver = Driver { functions, _library: library };
         // SAFETY: may be called any number of times.
         driver.check("cuInit", unsafe { (driver.functions.init)(0) })?;

@@ -18,6 +18,20 @@ const DEVICE: &str = include_str!("../../../tests/cuda_emulation/device.h");
 #[derive(Debug)]
 pub(crate) struct Emulation;
 
+/// Values as on the device: each rounded by itself. Kernels see bytes as numbers
+/// of other types; what is not aligned as a device needs it stops the test, and
+/// so does an index beyond an array.
+const OPTIONS: [&str; 8] = [
+    "-std=c++17",
+    "-O1",
+    "-shared",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fsanitize=alignment,bounds",
+    "-fsanitize-undefined-trap-on-error",
+];
+
 /// One kernel at a time: blocks and threads are global variables there.
 static TURN: Mutex<()> = Mutex::new(());
 
@@ -51,7 +65,7 @@ impl Launcher for Emulation {
 fn library(program: &Program) -> PathBuf {
     let folder = Path::new(env!("OUT_DIR")).join("emulation");
     let mut hasher = blake3::Hasher::new();
-    for text in HEADERS.iter().map(|(_, text)| *text).chain([program.name, program.source, DEVICE]) {
+    for text in HEADERS.iter().map(|(_, text)| *text).chain(OPTIONS).chain([program.name, program.source, DEVICE]) {
         hasher.update(text.as_bytes());
     }
     for option in program.defines() {
@@ -66,9 +80,7 @@ fn library(program: &Program) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let output = Command::new(&compiler)
-        // Values as on the device: each rounded by itself. Kernels see bytes as
-        // numbers of other types.
-        .args(["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-w"])
+        .args(OPTIONS)
         .args(program.defines())
         .arg("-include")
         .arg(root.join("tests/cuda_emulation/device.h"))

@@ -70,14 +70,14 @@ impl Card {
         let compile = || nvrtc.compile(program, &architecture, &[]).map(|compiled| compiled.cubin);
         driver.load(&self.context, &Cache::of_environment().get_or_make(key, compile)?)
     }
+}
 
-    /// The stream that libtorch's operators run on.
-    fn stream(&self) -> Result<*mut c_void> {
-        let mut stream = std::ptr::null_mut();
-        // SAFETY: `stream` is a cell of ours.
-        check(unsafe { tp_cuda_stream(self.index as i32, &mut stream) })?;
-        Ok(stream)
-    }
+/// The stream that libtorch's operators run on, on a device and this thread.
+fn stream(index: usize) -> Result<*mut c_void> {
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: `stream` is a cell of ours.
+    check(unsafe { tp_cuda_stream(index as i32, &mut stream) })?;
+    Ok(stream)
 }
 
 impl Launcher for Card {
@@ -89,7 +89,7 @@ impl Launcher for Card {
             remedy: "check that libtorch, its NVRTC and the driver are of one CUDA version".into(),
         };
         let function = self.function(launch.program, launch.kernel).map_err(failed)?;
-        let stream = self.stream()?;
+        let stream = stream(self.index)?;
         // SAFETY: the tensors are lent, contiguous and on this device, and freed
         // no earlier than what runs on their stream; each kernel of `csrc/kernels`
         // keeps to the sizes that are passed beside them, which the emulation
@@ -104,5 +104,17 @@ impl Launcher for Card {
 
     fn processors(&self) -> u32 {
         self.context.processors
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_cuda_there_is_no_stream() {
+        if !crate::cuda_status().starts_with("loaded") {
+            assert!(matches!(stream(0), Err(Error::Torch(_))));
+        }
     }
 }

@@ -77,7 +77,7 @@ pub(crate) enum Argument<'a> {
     Absent,
     Int(i64),
     /// A `double`.
-    #[allow(dead_code)]
+    #[cfg_attr(not(test), expect(dead_code))]
     Real(f64),
 }
 
@@ -153,8 +153,57 @@ pub(crate) trait Launcher {
     fn processors(&self) -> u32;
 }
 
+/// Why a library can't be opened; the loader's own words are the error's source.
+fn told(error: libloading::Error) -> String {
+    let source = std::error::Error::source(&error).map(ToString::to_string);
+    source.unwrap_or_else(|| error.to_string())
+}
+
 /// Whether the elements of a tensor begin at a multiple of 16 bytes, as vector
 /// loads need it.
 pub(crate) fn aligned(tensor: &Tensor) -> bool {
     tensor.data_ptr().addr().is_multiple_of(16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind};
+
+    fn launch<'a>(program: &'a Program, arguments: &'a [Argument<'a>]) -> Launch<'a> {
+        Launch { program, kernel: "k", blocks: [1, 1], threads: 32, arguments }
+    }
+
+    #[test]
+    fn arguments_are_words_of_their_struct() {
+        let program = Program { name: "none", source: "", macros: vec![] };
+        let (a, mut b) =
+            (Tensor::zeros([2], (Kind::Float, Device::Cpu)), Tensor::zeros([3], (Kind::Half, Device::Cpu)));
+        let (at_a, at_b) = (a.data_ptr().addr() as u64, b.data_ptr().addr() as u64);
+        let arguments =
+            [Argument::Read(&a), Argument::Write(&mut b), Argument::Absent, Argument::Int(-2), Argument::Real(0.5)];
+        let words = launch(&program, &arguments).words(Device::Cpu).unwrap();
+        assert_eq!(words[..6], [at_a, at_b, 0, u64::MAX - 1, 0.5f64.to_bits(), 0]);
+
+        let many: Vec<Argument> = (0..65).map(Argument::Int).collect();
+        let slanted = Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)).tr();
+        for (arguments, home, told) in [
+            (&many[..], Device::Cpu, "at most 64 arguments, found 65"),
+            (&[Argument::Read(&slanted)], Device::Cpu, "contiguous false"),
+            (&arguments[..1], Device::Cuda(1), "contiguous tensor on Cuda(1), found one on Cpu"),
+        ] {
+            let error = launch(&program, arguments).words(home).unwrap_err().to_string();
+            assert!(error.contains(told) && error.contains("none::k"), "{error}");
+        }
+    }
+
+    #[test]
+    fn without_a_driver_there_is_no_card() {
+        if !crate::cuda_status().starts_with("no CUDA driver") {
+            return eprintln!("with a CUDA driver: this test checks nothing");
+        }
+        let error = Card::get(0).unwrap_err();
+        assert!(matches!(&error, Error::Kernel { reason, .. } if reason.contains("libcuda.so.1")), "{error}");
+        assert!(!tch::Cuda::is_available());
+    }
 }

@@ -5,7 +5,7 @@
 //! loader looks. Its `builtins` library lies beside it and must be loaded first,
 //! since NVRTC asks for it by name only.
 
-use super::{HEADERS, Program};
+use super::{HEADERS, Program, told};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
@@ -86,7 +86,6 @@ impl Nvrtc {
                 std::mem::forget(library);
             }
         }
-        let told = |e: libloading::Error| e.to_string();
         // SAFETY: the declarations are those of nvrtc.h, the same since CUDA
         // 11.1; loading has no effect on others.
         unsafe {
@@ -284,6 +283,24 @@ mod tests {
         assert_eq!(names(candidates(&lib))[0], "libnvrtc-0a1b.so.13");
         assert_eq!(names(libraries(&lib, "libnvrtc-builtins")), ["libnvrtc-builtins-0a1b.so.13.0"]);
         assert_eq!(names(candidates(root.path())), of_loader);
+    }
+
+    // A cache may hand out a program for that very source and device only.
+    #[test]
+    fn keys_tell_programs_apart() {
+        let Ok(nvrtc) = Nvrtc::get() else { return eprintln!("without NVRTC: this test checks nothing") };
+        let program = Program { name: "a", source: "b", macros: vec![("W", "f32")] };
+        let key = nvrtc.key(&program, "sm_90");
+        assert_eq!(nvrtc.key(&program.clone(), "sm_90"), key);
+        assert_ne!(nvrtc.key(&program, "sm_80"), key);
+        for other in [
+            Program { name: "b", ..program.clone() },
+            Program { source: "c", ..program.clone() },
+            Program { macros: vec![("W", "f16")], ..program.clone() },
+            Program { macros: vec![], ..program.clone() },
+        ] {
+            assert_ne!(nvrtc.key(&other, "sm_90"), key, "{other:?}");
+        }
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub(super) struct Form {
     nested: Option<[Tensor; 3]>,
     block: i64,
     packed_rows: i64,
+    /// Elements whose codes are in 16 bytes.
+    chunk: i64,
 }
 
 impl Form {
@@ -101,22 +103,15 @@ impl Form {
             Scheme::Bf16 | Scheme::F16 => return Ok(None),
         };
         let units = inn % 8 == 0 && block % 8 == 0 && rows * inn / 8 <= UNITS && aligned(&bytes);
-        let kind = weight.kind();
-        Ok(Some(Form { format, kind, rows, inn, units, bytes, scales, more, nested, block, packed_rows }))
-    }
-
-    /// Elements in 16 bytes.
-    pub(super) fn chunk(&self) -> i64 {
-        if self.format.starts_with("Bytes") || self.format.starts_with("Absmax") || self.format.starts_with("Groups") {
-            16
-        } else {
-            32
-        }
+        // Int4's and int2's bytes hold one code of a row each.
+        let nibbles = matches!(scheme, Scheme::Nf4 { .. } | Scheme::Fp4 { .. } | Scheme::Mxfp4 | Scheme::Gptq { .. });
+        let (kind, chunk) = (weight.kind(), if nibbles { 32 } else { 16 });
+        Ok(Some(Form { format, kind, rows, inn, units, bytes, scales, more, nested, block, packed_rows, chunk }))
     }
 
     /// Whether blocks are whole numbers of 16 bytes, and rows of four times that.
     pub(super) fn chunks(&self) -> bool {
-        self.units && self.block % self.chunk() == 0 && self.inn % (4 * self.chunk()) == 0
+        self.units && self.block % self.chunk == 0 && self.inn % (4 * self.chunk) == 0
     }
 
     /// The fields of `Weight`.

@@ -74,7 +74,7 @@ fn few_rows_multiply() {
             let scheme = packed.scheme().unwrap();
             let dense = packed.dequantize(Kind::Float).unwrap().to_kind(Kind::Double);
             for n in [1, 2, 7, 8, 9, 16] {
-                for x_kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+                for x_kind in [Kind::Float, Kind::BFloat16, kind] {
                     let what = format!("{scheme} {kind:?} {shape:?}, {n} rows of {x_kind:?}");
                     let x = Tensor::randn([n, inn], (Kind::Float, Device::Cpu)).to_kind(x_kind);
                     let mut y = Tensor::full([n, out], f64::NAN, (x_kind, Device::Cpu));
