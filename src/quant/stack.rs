@@ -1,6 +1,6 @@
 //! One matrix of a packed stack (n, rows, columns), such as one expert's.
 
-use super::cpu::{self, Op};
+use super::op::{self, Op};
 use super::{Meta, PackedWeight, Scheme};
 use crate::error::Result;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ impl OfStack {
         let (rows, columns) = out.size2()?;
         let range = start * columns..(start + rows) * columns;
         let mut flat = out.f_view([1, rows * columns])?;
-        if cpu::run(self.stack.as_ref(), Op::Unpack { row: self.index, columns: range, out: &mut flat })? {
+        if op::run(self.stack.as_ref(), Op::Unpack { row: self.index, columns: range, out: &mut flat })? {
             return Ok(());
         }
         let mut whole = Tensor::f_empty([1, self.stack.shape()[1]], (out.f_kind()?, out.device()))?;
@@ -56,6 +56,13 @@ impl PackedWeight for OfStack {
     fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
         self.row(start, out)
     }
+
+    fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
+        let mut whole = Tensor::f_empty(self.shape(), (out.f_kind()?, out.device()))?;
+        self.row(0, &mut whole)?;
+        out.f_copy_(&whole.f_index_select(0, index)?)?;
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -79,6 +86,9 @@ mod tests {
                     let mut some = Tensor::full([2, columns], f64::NAN, (Kind::Float, Device::Cpu));
                     one.unpack_rows(1, &mut some).unwrap();
                     assert!(some.equal(&expected.narrow(0, 1, 2)), "{scheme}, rows of {index}");
+                    let turned = Tensor::from_slice(&[2i64, 0]);
+                    one.unpack_index(&turned, &mut some).unwrap();
+                    assert!(some.equal(&expected.index_select(0, &turned)), "{scheme}, an index into {index}");
                 }
             }
         }

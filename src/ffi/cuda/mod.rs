@@ -77,7 +77,6 @@ pub(crate) enum Argument<'a> {
     Absent,
     Int(i64),
     /// A `double`.
-    #[cfg_attr(not(test), expect(dead_code))]
     Real(f64),
 }
 
@@ -202,7 +201,7 @@ mod tests {
         if !crate::cuda_status().starts_with("no CUDA driver") {
             return eprintln!("with a CUDA driver: this test checks nothing");
         }
-        let error = Card::get(0).unwrap_err();
+        let error = launch::Card::get(0).unwrap_err();
         assert!(matches!(&error, Error::Kernel { reason, .. } if reason.contains("libcuda.so.1")), "{error}");
         assert!(!tch::Cuda::is_available());
     }
