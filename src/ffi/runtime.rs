@@ -184,7 +184,7 @@ fn cuda_index(device: Device) -> Result<i32> {
 /// `CUBLAS_WORKSPACE_CONFIG=:4096:8` in the environment, and refuses products
 /// without it.
 ///
-/// ```
+/// ```standalone_crate
 /// use tch::{Device, Kind, Tensor};
 ///
 /// let mut values = Tensor::zeros([3], (Kind::Float, Device::Cpu));

@@ -38,11 +38,12 @@ static TURN: Mutex<()> = Mutex::new(());
 impl Launcher for Emulation {
     fn launch(&self, launch: &Launch) -> Result<()> {
         let words = launch.words(Device::Cpu)?;
+        let path = library(launch.program);
         let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // SAFETY: the library was made from our source just now, or by an
         // earlier run from the same; `KERNEL` declares its functions so.
         unsafe {
-            let library = Library::new(library(launch.program)).unwrap();
+            let library = Library::new(path).unwrap();
             let kernel = library
                 .get::<unsafe extern "C" fn(*const c_void, u32, u32, u32)>(launch.kernel.as_bytes())
                 .unwrap_or_else(|e| panic!("{}: {e}", launch.kernel));
