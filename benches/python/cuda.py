@@ -8,9 +8,7 @@ Reads one JSON object a line from stdin and answers one a line on stdout:
   {"memory": PEER, "layers": L, "width": W, "rows": N, "rank": 16}    -> {"ok": true, "bytes": the peak of a step}
 """
 
-import json
 import os
-import sys
 import time
 import warnings
 
@@ -21,6 +19,7 @@ warnings.filterwarnings("ignore")
 import bitsandbytes as bnb  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
+from answering import serve  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
 DTYPE = torch.bfloat16
@@ -116,17 +115,5 @@ class Bench:
         return {"ok": True, "bytes": torch.cuda.max_memory_allocated()}
 
 
-def main():
-    bench = Bench()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not reach the answers
-    for line in sys.stdin:
-        try:
-            answer = bench.answer(json.loads(line))
-        except Exception as error:  # a peer that can't do a case
-            answer = {"ok": False, "why": f"{type(error).__name__}: {error}"[:200]}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(Bench().answer)

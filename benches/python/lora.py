@@ -1,10 +1,9 @@
 """PEFT's side of lora.rs: the seconds for one step of a case."""
 
-import json
-import sys
 import time
 
 import torch
+from answering import serve
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -59,5 +58,4 @@ def answer(request: dict) -> dict:
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+    serve(answer)

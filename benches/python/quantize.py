@@ -9,7 +9,6 @@ Reads one JSON object a line from stdin and answers one a line on stdout:
 An answer of {"ok": false, "why": …} is that of a scheme without a peer.
 """
 
-import json
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ warnings.filterwarnings("ignore")
 
 import bitsandbytes.functional as bnb  # noqa: E402
 import torch  # noqa: E402
+from answering import serve  # noqa: E402
 from optimum.quanto import (  # noqa: E402
     AbsmaxOptimizer,
     HqqOptimizer,
@@ -101,17 +101,5 @@ class Bench:
         return {"error": float((values.double() - wide).norm() / wide.norm())}
 
 
-def main():
-    bench = Bench()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not reach the answers
-    for line in sys.stdin:
-        try:
-            answer = bench.answer(json.loads(line))
-        except Exception as error:  # no such peer
-            answer = {"ok": False, "why": f"{type(error).__name__}: {error}"[:200]}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(Bench().answer)

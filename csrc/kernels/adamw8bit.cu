@@ -37,14 +37,6 @@ struct Step {
   double eps;
 };
 
-// NaN wins, as in libtorch.
-__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }
-
-__device__ __forceinline__ float warp_max(float v) {
-  for (int mask = 16; mask > 0; mask /= 2) v = larger(v, __shfl_xor_sync(0xffffffff, v, mask));
-  return v;
-}
-
 // The number of the nearest value, the lower of two equally near.
 __device__ __forceinline__ u8 nearest(const float* middles, float v) {
   int low = 0, high = 255;

@@ -125,6 +125,16 @@ __device__ __forceinline__ u32 pack2<bf16>(float low, float high) {
 #endif
 #endif
 
+// --- The largest of several values ---
+
+// NaN wins, as in libtorch.
+__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }
+
+__device__ __forceinline__ float warp_max(float v) {
+  for (int mask = 16; mask > 0; mask /= 2) v = larger(v, __shfl_xor_sync(0xffffffff, v, mask));
+  return v;
+}
+
 // --- Several elements at a time ---
 
 // Loads 4, 8 or 16 bytes at once, from a multiple of as many.

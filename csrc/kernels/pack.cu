@@ -9,14 +9,8 @@
 constexpr int THREADS = 256;
 
 __device__ __forceinline__ float at(const W* weight, i64 i) { return to_float(weight[i]); }
-__device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
 __device__ __forceinline__ float within(float v, float low, float high) {
   return v < low ? low : v > high ? high : v;
-}
-
-__device__ __forceinline__ float warp_max(float v) {
-  for (int mask = 16; mask > 0; mask /= 2) v = larger(v, __shfl_xor_sync(0xffffffff, v, mask));
-  return v;
 }
 
 // The largest of all threads' values, for all of them. `parts` has a place for

@@ -234,10 +234,12 @@ pub(super) mod tests {
         packed.chain(group.map(|group| gptq(shape, kind, group, true))).collect()
     }
 
-    // The schemes' own unpacking, with libtorch's operators, is a second
-    // implementation of the same definition.
-    #[test]
-    fn kernels_unpack_the_same_bits() {
+    /// Every scheme, shape, pair of dtypes, range and index, into outputs full of NaN: `unpack` writes
+    /// the bits of the whole weight that `expected` gives.
+    pub(in crate::quant) fn unpacks_the_same_bits(
+        expected: impl Fn(&dyn PackedWeight, Kind) -> Tensor,
+        unpack: impl Fn(&dyn PackedWeight, Op) -> Result<bool>,
+    ) {
         for (shape, kind) in [
             ([6, 256], Kind::Float),
             ([5, 37], Kind::Float),
@@ -249,27 +251,39 @@ pub(super) mod tests {
                 let ([rows, inn], scheme) = (shape, packed.scheme().unwrap());
                 let indices = Tensor::from_slice(&[rows - 1, 0, 2, 0, 1, rows - 1]);
                 for out_kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
-                    let mut expected = Tensor::zeros(shape, (out_kind, Device::Cpu));
-                    packed.rows_by_operators(0, &mut expected).unwrap();
+                    let expected = expected(packed.as_ref(), out_kind);
                     for (row, columns) in [(0, 0..inn), (2, 0..inn), (0, inn / 3..inn), (1, 5..6), (0, 16..32)] {
                         let (height, width) = (rows - row, columns.end - columns.start);
                         let what = format!("{scheme} {kind:?} {shape:?} as {out_kind:?}, row {row}, {columns:?}");
                         let expected = expected.narrow(0, row, height).narrow(1, columns.start, width).contiguous();
-                        let mut out = Tensor::full([height, width], 7.0, (out_kind, Device::Cpu));
+                        let mut out = Tensor::full([height, width], f64::NAN, (out_kind, Device::Cpu));
                         let op = Op::Unpack { row, columns, out: &mut out };
-                        assert!(run(packed.as_ref(), op).unwrap(), "{what}: no kernel");
+                        assert!(unpack(packed.as_ref(), op).unwrap(), "{what}: no kernel");
                         same(&out, &expected, &what);
                     }
                     let what = format!("{scheme} {kind:?} {shape:?} as {out_kind:?}, by index");
-                    let mut out = Tensor::full([6, inn], 7.0, (out_kind, Device::Cpu));
+                    let expected = expected.index_select(0, &indices);
+                    let mut out = Tensor::full([6, inn], f64::NAN, (out_kind, Device::Cpu));
                     let op = Op::UnpackIndex { index: &indices, out: &mut out };
-                    assert!(run(packed.as_ref(), op).unwrap(), "{what}: no kernel");
-                    same(&out, &expected.index_select(0, &indices), &what);
+                    assert!(unpack(packed.as_ref(), op).unwrap(), "{what}: no kernel");
+                    same(&out, &expected, &what);
                     packed.index_by_operators(&indices, &mut out).unwrap();
-                    same(&out, &expected.index_select(0, &indices), &what);
+                    same(&out, &expected, &what);
                 }
             }
         }
+    }
+
+    // The schemes' own unpacking, with libtorch's operators, is a second
+    // implementation of the same definition.
+    #[test]
+    fn kernels_unpack_the_same_bits() {
+        let by_operators = |packed: &dyn PackedWeight, kind| {
+            let mut whole = Tensor::zeros(packed.shape(), (kind, Device::Cpu));
+            packed.rows_by_operators(0, &mut whole).unwrap();
+            whole
+        };
+        unpacks_the_same_bits(by_operators, run);
     }
 
     #[test]

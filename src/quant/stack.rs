@@ -23,20 +23,6 @@ impl OfStack {
         let meta = Meta { sizes, kind: stack.kind(), device: stack.device() };
         OfStack { stack: Arc::clone(stack), index, meta }
     }
-
-    /// The row of the stack, by a kernel or as a whole.
-    fn row(&self, start: i64, out: &mut Tensor) -> Result<()> {
-        let (rows, columns) = out.size2()?;
-        let range = start * columns..(start + rows) * columns;
-        let mut flat = out.f_view([1, rows * columns])?;
-        if op::run(self.stack.as_ref(), Op::Unpack { row: self.index, columns: range, out: &mut flat })? {
-            return Ok(());
-        }
-        let mut whole = Tensor::f_empty([1, self.stack.shape()[1]], (out.f_kind()?, out.device()))?;
-        self.stack.rows_by_operators(self.index, &mut whole)?;
-        flat.f_copy_(&whole.f_narrow(1, start * columns, rows * columns)?)?;
-        Ok(())
-    }
 }
 
 impl PackedWeight for OfStack {
@@ -53,13 +39,23 @@ impl PackedWeight for OfStack {
         self.stack.tensors()
     }
 
+    /// By the stack's kernel where it has one, else its whole row by operators.
     fn rows_by_operators(&self, start: i64, out: &mut Tensor) -> Result<()> {
-        self.row(start, out)
+        let (rows, columns) = out.size2()?;
+        let range = start * columns..(start + rows) * columns;
+        let mut flat = out.f_view([1, rows * columns])?;
+        if op::run(self.stack.as_ref(), Op::Unpack { row: self.index, columns: range, out: &mut flat })? {
+            return Ok(());
+        }
+        let mut whole = Tensor::f_empty([1, self.stack.shape()[1]], (out.f_kind()?, out.device()))?;
+        self.stack.rows_by_operators(self.index, &mut whole)?;
+        flat.f_copy_(&whole.f_narrow(1, start * columns, rows * columns)?)?;
+        Ok(())
     }
 
     fn index_by_operators(&self, index: &Tensor, out: &mut Tensor) -> Result<()> {
         let mut whole = Tensor::f_empty(self.shape(), (out.f_kind()?, out.device()))?;
-        self.row(0, &mut whole)?;
+        self.rows_by_operators(0, &mut whole)?;
         out.f_copy_(&whole.f_index_select(0, index)?)?;
         Ok(())
     }

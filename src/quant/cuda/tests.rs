@@ -5,41 +5,14 @@ use super::*;
 use crate::ffi::cuda::emulation::Emulation;
 use crate::ffi::cuda::nvrtc::{Nvrtc, assert_compiles};
 use crate::quant::Scheme;
-use crate::quant::cpu::tests::{packed, same};
+use crate::quant::cpu::tests::{packed, unpacks_the_same_bits};
 use tch::Device;
 
 // The CPU's kernels, which are tested against libtorch's operators, define the values.
 #[test]
 fn kernels_unpack_the_same_bits_as_those_of_the_cpu() {
-    for (shape, kind) in [
-        ([6, 256], Kind::Float),
-        ([5, 37], Kind::Float),
-        ([9, 192], Kind::BFloat16),
-        ([3, 130], Kind::Half),
-        ([40, 1024], Kind::BFloat16),
-    ] {
-        for packed in packed(shape, kind) {
-            let ([rows, inn], scheme) = (shape, packed.scheme().unwrap());
-            let indices = Tensor::from_slice(&[rows - 1, 0, 2, 0, 1, rows - 1]);
-            for out_kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
-                let expected = packed.dequantize(out_kind).unwrap();
-                for (row, columns) in [(0, 0..inn), (2, 0..inn), (0, inn / 3..inn), (1, 5..6), (0, 16..32)] {
-                    let (height, width) = (rows - row, columns.end - columns.start);
-                    let what = format!("{scheme} {kind:?} {shape:?} as {out_kind:?}, row {row}, {columns:?}");
-                    let expected = expected.narrow(0, row, height).narrow(1, columns.start, width).contiguous();
-                    let mut out = Tensor::full([height, width], f64::NAN, (out_kind, Device::Cpu));
-                    let op = Op::Unpack { row, columns, out: &mut out };
-                    assert!(serve(&Emulation, packed.as_ref(), op).unwrap(), "{what}: no kernel");
-                    same(&out, &expected, &what);
-                }
-                let what = format!("{scheme} {kind:?} {shape:?} as {out_kind:?}, by index");
-                let mut out = Tensor::full([6, inn], f64::NAN, (out_kind, Device::Cpu));
-                let op = Op::UnpackIndex { index: &indices, out: &mut out };
-                assert!(serve(&Emulation, packed.as_ref(), op).unwrap(), "{what}: no kernel");
-                same(&out, &expected.index_select(0, &indices), &what);
-            }
-        }
-    }
+    let by_cpu = |packed: &dyn PackedWeight, kind| packed.dequantize(kind).unwrap();
+    unpacks_the_same_bits(by_cpu, |packed, op| serve(&Emulation, packed, op));
 }
 
 #[test]
