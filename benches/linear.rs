@@ -111,9 +111,11 @@ fn rounds(
 
 fn main() -> Result<(), Failure> {
     let quick = std::env::args().any(|arg| arg == "--quick");
-    let sizes: &[(i64, i64)] = if quick { &[(2048, 2048)] } else { &[(2048, 2048), (4096, 4096), (11008, 4096)] };
-    let rows: &[i64] = if quick { &[1, 256] } else { &[1, 16, 256, 1024] };
-    let count = 7;
+    let (sizes, rows, count): (&[(i64, i64)], &[i64], usize) = match (common::trial(), quick) {
+        (true, _) => (&[(64, 64)], &[1, 16], 1),
+        (_, true) => (&[(2048, 2048)], &[1, 256], 7),
+        _ => (&[(2048, 2048), (4096, 4096), (11008, 4096)], &[1, 16, 256, 1024], 7),
+    };
     let mut peer = Peer::start("linear.py")?;
     peer.ask(json!({"threads": tch::get_num_threads()}))?;
     let mut results = Vec::new();

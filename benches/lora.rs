@@ -26,7 +26,6 @@ const ROWS: i64 = 64;
 /// Sites of a larger model, of this width.
 const SITES: usize = 224;
 const SITE: i64 = 2048;
-const ROUNDS: usize = 7;
 const STEPS: usize = 5;
 const CASES: [&str; 4] = ["base", "lora", "dropout", "dora"];
 
@@ -76,13 +75,14 @@ fn theirs(peer: &mut Peer, case: &str) -> Result<f64, Failure> {
 
 fn main() -> Result<(), Failure> {
     tch::set_num_threads(2);
+    let (rounds, wraps) = if common::trial() { (1, 1) } else { (7, 5) };
     let mut peer = Peer::start("lora.py")?;
     peer.ask(json!({"threads": tch::get_num_threads()}))?;
     let x = Tensor::randn([ROWS, WIDTH], (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let models: Vec<_> = CASES.iter().map(|case| model(case)).collect();
     let mut ours = vec![Vec::new(); CASES.len()];
     let mut pefts = vec![Vec::new(); CASES.len()];
-    for round in 0..=ROUNDS {
+    for round in 0..=rounds {
         for (i, case) in CASES.iter().enumerate() {
             let off = (*case == "base").then(|| models[i].disable_adapters());
             let here = seconds(STEPS, &x, |x| models[i].forward(x).unwrap());
@@ -113,20 +113,20 @@ fn main() -> Result<(), Failure> {
         common::write_csv(&file, &what, "case,tch_peft,peft", &figures)?;
     }
 
-    let mut wraps = Vec::new();
-    for _ in 0..5 {
+    let mut times = Vec::new();
+    for _ in 0..wraps {
         let base = base(2000, 32);
         let config = LoraConfig::builder().r(8).target_modules("all-linear").build().unwrap();
         let start = Instant::now();
         let model = LoraModel::wrap(base, config).unwrap();
-        wraps.push(start.elapsed().as_secs_f64() * 1e3);
+        times.push(start.elapsed().as_secs_f64() * 1e3);
         drop(model);
     }
-    let (here, there) = (median(wraps), theirs(&mut peer, "wrap")? * 1e3);
+    let (here, there) = (median(times), theirs(&mut peer, "wrap")? * 1e3);
     println!("wrap, 2000 linears of 32²: {here:.0} ms, PEFT {there:.0} ms ({:.0}x)", there / here);
 
-    let (mut wraps, mut draws) = (Vec::new(), Vec::new());
-    for _ in 0..5 {
+    let (mut times, mut draws) = (Vec::new(), Vec::new());
+    for _ in 0..wraps {
         let mut vs = nn::VarStore::new(Device::Cpu);
         vs.set_kind(Kind::Half);
         for i in 0..SITES {
@@ -135,13 +135,13 @@ fn main() -> Result<(), Failure> {
         let config = LoraConfig::builder().r(16).target_modules("all-linear").build().unwrap();
         let start = Instant::now();
         drop(LoraModel::wrap(Base::from(vs), config).unwrap());
-        wraps.push(start.elapsed().as_secs_f64() * 1e3);
+        times.push(start.elapsed().as_secs_f64() * 1e3);
         let start = Instant::now();
         let a: Vec<_> =
             (0..SITES).map(|_| Tensor::empty([16, SITE], (Kind::Float, Device::Cpu)).uniform_(-0.1, 0.1)).collect();
         draws.push(start.elapsed().as_secs_f64() * 1e3);
         drop(a);
     }
-    println!("wrap, {SITES} linears of {SITE}²: {:.0} ms; drawing as many A: {:.0} ms", median(wraps), median(draws));
+    println!("wrap, {SITES} linears of {SITE}²: {:.0} ms; drawing as many A: {:.0} ms", median(times), median(draws));
     Ok(())
 }

@@ -85,21 +85,25 @@ fn main() {
         let (scheme, rows) = what.split_once(' ').unwrap();
         return child(scheme, rows.parse().unwrap());
     }
+    // All of them, or the first.
+    let part = |all: usize| if common::trial() { 1 } else { all };
+    let rows = &ROWS[..part(ROWS.len())];
     let dense = LAYERS as f64 * (WIDTH * WIDTH) as f64 * 4.0 / 1e6;
     println!(
         "{LAYERS} layers of {WIDTH}², r = 16, f32: peak of a step over the model, MB (% of {dense:.0} MB, the dense weights)"
     );
     let mut figures = Vec::new();
     let mut line = |name: &str, peak: &dyn Fn(i64) -> Option<f64>| {
-        let cells = ROWS.map(|rows| {
+        let cells = rows.iter().map(|&rows| {
             let Some(mb) = peak(rows) else { return "-".into() };
             figures.push(format!("{name},{rows},{mb:.1},{dense:.1}"));
             format!("{mb:6.1} ({:4.1} %)", 100.0 * mb / dense)
         });
-        println!("| {name:20} | {} |", cells.join(" | "));
+        println!("| {name:20} | {} |", cells.collect::<Vec<String>>().join(" | "));
     };
-    println!("| | {} |", ROWS.map(|rows| format!("{rows} rows")).join(" | "));
-    for scheme in ["nf4", "int8", "int4", "fp8", "dense"] {
+    println!("| | {} |", rows.iter().map(|rows| format!("{rows} rows")).collect::<Vec<_>>().join(" | "));
+    let schemes = ["nf4", "int8", "int4", "fp8", "dense"];
+    for scheme in &schemes[..part(schemes.len())] {
         line(scheme, &|rows| {
             megabytes(Command::new(std::env::current_exe().unwrap()).env(CHILD, format!("{scheme} {rows}")))
         });
@@ -110,7 +114,7 @@ fn main() {
     if !python.exists() {
         println!("without the Python peers");
     }
-    for (peer, name) in peers.into_iter().filter(|_| python.exists()) {
+    for &(peer, name) in peers[..part(peers.len())].iter().filter(|_| python.exists()) {
         line(name, &|rows| {
             let mut command = Command::new(&python);
             command.arg(root.join("benches/python/memory.py")).args([peer, &rows.to_string()]);

@@ -1,4 +1,4 @@
-//! Figures to files: `--csv FILE` after the dashes of `cargo bench`.
+//! Options after the dashes of `cargo bench`: `--csv FILE` for the figures, and `--trial`.
 
 #![allow(dead_code)]
 
@@ -7,6 +7,12 @@ use std::path::{Path, PathBuf};
 /// The file that the command line asks for.
 pub fn csv_file() -> Option<PathBuf> {
     value("--csv").map(PathBuf::from)
+}
+
+/// Whether to run only as much, and on what is as small, as shows that the bench works (`--trial`): its figures mean
+/// nothing.
+pub fn trial() -> bool {
+    std::env::args().any(|arg| arg == "--trial")
 }
 
 /// What stands behind this option.

@@ -17,7 +17,7 @@ pub mod tables;
 use figures::Figures;
 use lexopt::prelude::*;
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// What any part of the program may fail with.
@@ -26,15 +26,21 @@ pub type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 const HELP: &str = "\
 Draws docs/img and writes the tables of the guides from the figures in docs/data.
 
-Usage: charts [--measure]
+Usage: charts [--measure] [--docs DIR]
 
   --measure     Measure docs/data/quantization.csv first
+  --docs DIR    The folder of the guides (this repository's)
   -h, --help    This text";
 
+/// What is to be done.
+pub struct Task {
+    measure: bool,
+    docs: PathBuf,
+}
+
 fn main() -> ExitCode {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let result = parse(std::env::args_os().skip(1)).and_then(|task| match task {
-        Some(measure) => run(root, measure),
+        Some(task) => run(&task),
         None => {
             println!("{HELP}");
             Ok(())
@@ -49,29 +55,29 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether to measure; `None` if help is wanted.
-pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<bool>> {
-    let mut measure = false;
+/// Reads the command line; `None` if help is wanted.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Task>> {
+    let mut task = Task { measure: false, docs: Path::new(env!("CARGO_MANIFEST_DIR")).join("docs") };
     let mut parser = lexopt::Parser::from_args(arguments);
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(None),
-            Long("measure") => measure = true,
+            Long("measure") => task.measure = true,
+            Long("docs") => task.docs = parser.value()?.into(),
             _ => return Err(arg.unexpected().into()),
         }
     }
-    Ok(Some(measure))
+    Ok(Some(task))
 }
 
-fn run(root: &Path, measure: bool) -> Result<()> {
-    let docs = root.join("docs");
-    if measure {
+fn run(Task { measure, docs }: &Task) -> Result<()> {
+    if *measure {
         let rows = measure::all(measure::ROWS)?;
         std::fs::write(docs.join("data/quantization.csv"), measure::csv(&rows))?;
     }
     let figures = Figures::read(&docs.join("data"))?;
     draw::all(&docs.join("img"), &figures)?;
-    for (file, text) in tables::written(&docs, &figures)? {
+    for (file, text) in tables::written(docs, &figures)? {
         std::fs::write(&file, text)?;
         println!("{}", file.display());
     }

@@ -1,215 +1,144 @@
-//! Commands: each is one that works from a clone.
+//! Commands are run, those of a text one after the other, in a shell and a folder with the files that they name.
 //!
-//! In a `console` block a command stands behind `$ `, and what follows is what it prints; in a `sh`
-//! block every line is one. Words in capitals and paths stand for the reader's own.
+//! In a `console` block a command stands behind `$ `, and what follows is what it prints; in a `sh` block every line
+//! is one. `cargo.sh` stands in for `cargo`: programs are those of the build for tests, and train for a few steps.
 
-use super::common::root;
+use super::common;
 use super::none_wrong;
-use super::texts::{Text, source_below};
-use std::collections::HashMap;
+use super::texts::{Block, Text};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 #[allow(dead_code)]
 #[path = "../../xtask/src/cli.rs"]
 mod xtask;
 
-#[allow(dead_code)]
-#[path = "../../examples/convert.rs"]
-mod convert;
-#[allow(dead_code)]
-#[path = "../../examples/demo/args.rs"]
-mod demo;
-#[allow(dead_code)]
-#[path = "../../examples/finetune_llm/main.rs"]
-mod finetune_llm;
-
-// What the examples' modules take from their own roots.
-use super::Result;
-
-type Check = Result<(), String>;
+/// Its commands are run by the tests of `examples/serve`.
+const SERVING: &str = "docs/serving.md";
 
 #[test]
-fn every_command_is_one_that_works() {
+fn every_command_runs() {
+    let Some(python) = common::python() else { return };
+    let dir = common::fresh_dir("docs_commands");
+    let (files, tools) = (dir.join("files"), dir.join("bin"));
+    for folder in [&files, &tools] {
+        std::fs::create_dir(folder).unwrap();
+    }
+    common::peer("docs_files.py", &[&files]);
+    link(&common::root().join("tests/docs/cargo.sh"), &tools.join("cargo"));
+    let shell = Shell { tools, python };
+    let run = "cargo run --example finetune_llm -- --model Qwen3-0.6B --data notes.jsonl --out runs/a";
+    shell.run(run, &files).unwrap();
+
     let (mut wrong, mut count) = (Vec::new(), 0);
-    // Where a reader of each text is by now.
-    let mut folders: HashMap<String, PathBuf> = HashMap::new();
-    for block in Text::blocks("console").into_iter().chain(Text::blocks("sh")) {
-        let text = block.text.replace("\\\n", " ");
-        let folder = folders.entry(block.file.clone()).or_insert(root().to_path_buf());
-        for line in text.lines() {
-            let command = match (&*block.language, line.strip_prefix("$ ")) {
-                ("console", command) => command,
-                _ => Some(line).filter(|line| !line.trim_start().starts_with('#')),
-            };
-            let Some(words) = command.map(words).filter(|words| !words.is_empty()) else { continue };
-            count += 1;
-            if let Err(why) = check(&words, folder) {
-                wrong.push(format!("{}: {}: {why}", block.place(), words.join(" ")));
-            }
+    for text in Text::all() {
+        let blocks = text.blocks.iter().filter(|block| is_shell(block) && text.name != SERVING && !needs_gpu(block));
+        let script: String =
+            blocks.map(|block| format!("echo at {} >&2\n{}", block.place(), commands(block))).collect();
+        if script.is_empty() {
+            continue;
+        }
+        count += 1;
+        let folder = dir.join(text.name.replace('/', "_"));
+        provide(&files, &folder);
+        if let Err(why) = shell.run(&script, &folder) {
+            wrong.push(format!("{}: {why}", text.name));
         }
     }
-    assert!(count > 10, "{count} commands");
+    assert!(count > 6, "commands in {count} texts");
     none_wrong(wrong);
 }
 
-/// As a shell would split it, without what follows a `#`.
-fn words(command: &str) -> Vec<String> {
-    let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
-    for c in command.chars() {
-        match (quote, c) {
-            (Some(open), _) if open == c => quote = None,
-            (None, '"' | '\'') => {
-                quote = Some(c);
-                word.get_or_insert_default();
-            }
-            (None, '#') if word.is_none() => break,
-            (None, c) if c.is_whitespace() => words.extend(word.take()),
-            _ => word.get_or_insert_default().push(c),
+/// What makes and starts the bundle for a machine with a GPU, and its bench, are understood by what reads them.
+#[test]
+fn commands_for_a_gpu_are_understood() {
+    let text = |file: &str| std::fs::read_to_string(common::root().join(file)).unwrap();
+    let (script, bench) = (text("xtask/src/bundle.sh"), text("benches/common/mod.rs") + &text("benches/cuda.rs"));
+    let known = |option: &str| {
+        script.contains(&format!("{option})")) || bench.contains(&format!("{option:?}")) || option == "--nocapture"
+    };
+    let (mut wrong, mut count) = (Vec::new(), 0);
+    for block in Text::all().iter().flat_map(|text| &text.blocks).filter(|block| is_shell(block) && needs_gpu(block)) {
+        for line in commands(block).lines() {
+            let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with('#')).collect();
+            count += 1;
+            let problem = match &words[..] {
+                ["cargo", "xtask", rest @ ..] => {
+                    xtask::parse(&rest.iter().map(OsString::from).collect::<Vec<_>>()).err()
+                }
+                ["./run", rest @ ..] | ["cargo", "bench", "--bench", "cuda", "--", rest @ ..] => {
+                    let mut options = rest.iter().filter(|word| word.starts_with("--") && word.len() > 2);
+                    options.find(|option| !known(option)).map(|option| format!("no option {option}"))
+                }
+                _ => Some("not looked at here".into()),
+            };
+            wrong.extend(problem.map(|why| format!("{}: {line}: {why}", block.place())));
         }
     }
-    words.extend(word);
-    words
+    assert!(count > 4, "{count} commands");
+    none_wrong(wrong);
 }
 
-/// Checks one command, given in this folder.
-fn check(words: &[String], folder: &mut PathBuf) -> Check {
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    match &words[..] {
-        ["cd", to] => {
-            folder.push(to);
-            folder.is_dir().then_some(()).ok_or_else(|| format!("no {}", folder.display()))
-        }
-        ["export", assignment] => variable(assignment),
-        // What is asked of a server is that server's to test.
-        ["curl", rest @ ..] if rest.iter().any(|word| word.contains("localhost:")) => Ok(()),
-        ["cargo", "xtask", rest @ ..] => xtask::parse(&os(rest)).map(drop),
-        // The script of a bundle.
-        ["./run", rest @ ..] => {
-            let script = std::fs::read_to_string(root().join("xtask/src/bundle.sh")).map_err(|e| e.to_string())?;
-            let bench = std::fs::read_to_string(root().join("benches/common/mod.rs")).map_err(|e| e.to_string())?;
-            options(rest, |option| {
-                script.contains(&format!("{option})")) || bench.contains(option) || option == "--nocapture"
-            })
-        }
-        ["cargo", "run", rest @ ..] => run(rest, folder),
-        ["cargo", "test", rest @ ..] => targets(rest, "--test", "tests"),
-        ["cargo", "bench", rest @ ..] => targets(rest, "--bench", "benches"),
-        ["cargo", "clean"] | ["cargo", "build"] => Ok(()),
-        ["cargo", "+nightly", "fuzz", "run", rest @ ..] => fuzz(rest),
-        ["python" | "target/python/bin/python", script, rest @ ..] => python(script, rest),
-        [assignment, rest @ ..] if assignment.contains('=') => {
-            variable(assignment)?;
-            check(&rest.iter().map(|word| word.to_string()).collect::<Vec<_>>(), folder)
-        }
-        _ => Err("no such command is known here; see tests/docs/commands.rs".into()),
+/// A shell in which the programs' names mean what they do here.
+struct Shell {
+    tools: PathBuf,
+    python: PathBuf,
+}
+
+impl Shell {
+    fn run(&self, script: &str, folder: &Path) -> Result<(), String> {
+        let own = [&*self.tools, self.python.parent().unwrap()].map(Path::to_path_buf);
+        let inherited = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::env::join_paths(own.into_iter().chain(std::env::split_paths(&inherited))).unwrap();
+        let mut shell = Command::new("sh");
+        shell.args(["-euc", script]).current_dir(folder);
+        shell.env("PATH", path).env("REAL_CARGO", env!("CARGO")).env("ROOT", common::root());
+        shell.env("HF_HUB_OFFLINE", "1").env("PYTHONDONTWRITEBYTECODE", "1");
+        let output = shell.output().map_err(|error| format!("sh: {error}"))?;
+        let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+        if output.status.success() { Ok(()) } else { Err(format!("{}\n{text}", output.status)) }
     }
 }
 
-fn os(words: &[&str]) -> Vec<OsString> {
-    words.iter().map(OsString::from).collect()
+fn is_shell(block: &Block) -> bool {
+    ["sh", "console"].contains(&&*block.language)
 }
 
-/// `NAME=VALUE`, of which the guides or the code say what it means.
-fn variable(assignment: &str) -> Check {
-    let (name, _) = assignment.split_once('=').ok_or("expected NAME=VALUE")?;
-    let known = ["LIBTORCH", "LIBTORCH_USE_PYTORCH", "CXX", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "RUST_LOG"];
-    let own = name.starts_with("TCH_PEFT_") && source_below(&root().join("tests"))?.contains(name);
-    (own || known.contains(&name)).then_some(()).ok_or_else(|| format!("no variable {name}"))
+fn needs_gpu(block: &Block) -> bool {
+    ["./run", "--device cuda", "cuda.csv"].iter().any(|word| block.text.contains(word))
 }
 
-/// `cargo fuzz run`, of a target that is there.
-fn fuzz(words: &[&str]) -> Check {
-    let manifest = std::fs::read_to_string(root().join("fuzz/Cargo.toml")).map_err(|e| format!("fuzz: {e}"))?;
-    let is_target = |word: &&str| manifest.contains(&format!("name = \"{word}\""));
-    words.iter().any(is_target).then_some(()).ok_or_else(|| "no such target in fuzz/Cargo.toml".into())
-}
-
-/// `cargo test` or `cargo bench`, of files that are there, with options that they know.
-fn targets(words: &[&str], flag: &str, folder: &str) -> Check {
-    let at = words.iter().position(|word| *word == "--").unwrap_or(words.len());
-    let (ours, theirs) = words.split_at(at);
-    // What all benches understand.
-    let mut source = std::fs::read_to_string(root().join("benches/common/mod.rs")).map_err(|e| e.to_string())?;
-    let mut ours = ours.iter();
-    while let Some(word) = ours.next() {
-        match *word {
-            "--workspace" | "--doc" | "--release" => {}
-            word if word == flag => source += &target(folder, ours.next().ok_or("a name is missing")?)?,
-            other => return Err(format!("{other} is not looked at here")),
+/// The commands of a block, as a shell reads them.
+fn commands(block: &Block) -> String {
+    if block.language == "sh" {
+        return block.text.clone();
+    }
+    let (mut script, mut goes_on) = (String::new(), false);
+    for line in block.text.lines() {
+        if let Some(command) = line.strip_prefix("$ ").or(goes_on.then_some(line)) {
+            script += &format!("{command}\n");
+            goes_on = command.ends_with('\\');
         }
     }
-    let known_everywhere = ["--nocapture", "--ignored", "--exact", "--test-threads"];
-    options(theirs, |option| known_everywhere.contains(&option) || source.contains(option))
+    script
 }
 
-/// The code of a test, bench or example of this name.
-fn target(folder: &str, name: &str) -> Result<String, String> {
-    let folder = root().join(folder);
-    let file = folder.join(format!("{name}.rs"));
-    if file.exists() {
-        return std::fs::read_to_string(file).map_err(|e| e.to_string());
+/// Links what the guides' files are to a folder for one of them.
+fn provide(files: &Path, folder: &Path) {
+    std::fs::create_dir(folder).unwrap();
+    for entry in std::fs::read_dir(files).unwrap() {
+        let entry = entry.unwrap();
+        link(&entry.path(), &folder.join(entry.file_name()));
     }
-    if !folder.join(name).join("main.rs").exists() {
-        return Err(format!("no {name} in {}", folder.display()));
+    for name in ["python", "target"] {
+        link(&common::root().join(name), &folder.join(name));
     }
-    source_below(&folder.join(name))
+    // What is written there is not for the repository.
+    let docs = common::root().join("docs");
+    assert!(Command::new("cp").arg("-R").args([&docs, folder]).status().unwrap().success());
 }
 
-fn options(words: &[&str], known: impl Fn(&str) -> bool) -> Check {
-    let unknown = words.iter().find(|word| word.starts_with("--") && **word != "--" && !known(word));
-    unknown.map_or(Ok(()), |word| Err(format!("no option {word}")))
-}
-
-/// An example, or a program with a manifest of its own.
-fn run(words: &[&str], folder: &Path) -> Check {
-    let at = words.iter().position(|word| *word == "--").unwrap_or(words.len());
-    let (ours, theirs) = (&words[..at], words.get(at + 1..).unwrap_or_default());
-    let value = |flag: &str| ours.iter().position(|word| *word == flag).and_then(|at| ours.get(at + 1)).copied();
-    let known = |option: &str| ["--release", "--example", "--manifest-path"].contains(&option);
-    options(ours, known)?;
-    let manifest = value("--manifest-path").map(|path| root().join(path));
-    let manifest = manifest.or((folder != root()).then(|| folder.join("Cargo.toml")));
-    if let Some(manifest) = manifest {
-        if !manifest.exists() {
-            return Err(format!("no {}", manifest.display()));
-        }
-        let source = source_below(&manifest.with_file_name("src"))?;
-        return options(theirs, |option| source.contains(option));
-    }
-    let name = value("--example").ok_or("which example?")?;
-    target("examples", name)?;
-    let args = os(theirs);
-    let failed = |error: Box<dyn std::error::Error>| error.to_string();
-    match name {
-        "demo" => demo::parse(args).map(drop).map_err(failed),
-        "finetune_llm" => parsed(finetune_llm::run(with_help(args))),
-        "convert" => convert::parse(args).map(drop).map_err(failed),
-        "charts" => super::tables::charts::parse(args).map(drop).map_err(failed),
-        "inspect_checkpoint" => match theirs {
-            [folder] if !folder.starts_with('-') => Ok(()),
-            _ => Err("expected one folder".into()),
-        },
-        // A help names the option.
-        _ => {
-            let source = source_below(&root().join("examples"))?;
-            options(theirs, |option| source.contains(&format!("  {option} ")))
-        }
-    }
-}
-
-/// A program that answers `--help` once it has understood all that stands before it.
-fn with_help(mut args: Vec<OsString>) -> Vec<OsString> {
-    args.push("--help".into());
-    args
-}
-
-fn parsed(code: u8) -> Check {
-    if code == 0 { Ok(()) } else { Err("its arguments are not understood".into()) }
-}
-
-/// A script of this repository, with options that its parser has.
-fn python(script: &str, words: &[&str]) -> Check {
-    let source = std::fs::read_to_string(root().join(script)).map_err(|e| format!("{script}: {e}"))?;
-    options(words, |option| source.contains(&format!("\"{}\"", option.split('=').next().unwrap_or(option))))
+fn link(from: &Path, to: &Path) {
+    std::os::unix::fs::symlink(from, to).unwrap();
 }

@@ -3,6 +3,7 @@
 #![cfg(unix)]
 
 mod common;
+mod guide;
 
 use common::{Server, Texts, ask, completion, files, metric, send};
 use serde_json::{Value, json};

@@ -67,7 +67,14 @@ pub struct Server {
 
 impl Server {
     pub fn start(dir: &Path, folder: &str, more: &[&str]) -> Self {
-        let mut child = command(dir, folder).args(more).stdout(Stdio::piped()).spawn().unwrap();
+        let mut command = command(dir, folder);
+        command.args(more);
+        Self::run(command)
+    }
+
+    /// Started by this command.
+    pub fn run(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let address = line.trim().strip_prefix("listening on http://").unwrap_or_else(|| panic!("{line:?}"));
