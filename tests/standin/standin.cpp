@@ -63,10 +63,12 @@ class Call {
       for (const Tensor& t : value.toTensorVector()) list.push_back(to_cpu(t));
       return list;
     }
-    if (value.isOptionalTensorList()) {
-      c10::List<std::optional<Tensor>> list;
-      for (const std::optional<Tensor>& t : value.toOptionalTensorVector())
-        list.push_back(t ? std::optional<Tensor>(to_cpu(*t)) : std::nullopt);
+    if (value.isList() && !value.isIntList()) {
+      // Indices, some of them absent. In TorchScript the list's type may say more of them than the schema does,
+      // so libtorch's own question, `isOptionalTensorList`, isn't to be asked.
+      auto given = value.toList();
+      c10::impl::GenericList list(given.elementType());
+      for (const IValue& item : given.vec()) list.push_back(to_cpu(item));
       return list;
     }
     return value;
@@ -171,13 +173,21 @@ void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = schema.name();
   auto full = schema.overload_name().empty() ? name : name + "." + schema.overload_name();
   const auto n = schema.arguments().size(), base = stack->size() - n;
+  // What is of the device after all would come back here, until the stack is full.
+  thread_local int depth = 0;
+  struct Inside {
+    Inside() { depth++; }
+    ~Inside() { depth--; }
+  } inside;
+  TORCH_CHECK(depth < 16, "the stand-in doesn't know all the arguments of ", full);
   Call call;
   bool masks = false;
   for (size_t i = 0; i < n; i++) {
     auto& value = (*stack)[base + i];
-    if (value.isOptionalTensorList())
-      for (const std::optional<Tensor>& t : value.toOptionalTensorVector())
-        masks |= t && t->defined() && (t->scalar_type() == at::kBool || t->scalar_type() == at::kByte);
+    if (value.isList() && name.find("index") != std::string::npos)
+      for (const IValue& t : value.toListRef())
+        masks |= t.isTensor() && t.toTensor().defined() &&
+                 (t.toTensor().scalar_type() == at::kBool || t.toTensor().scalar_type() == at::kByte);
     value = call.to_cpu(value);
   }
   const bool crosses = CROSSINGS.count(name) || CROSSINGS.count(full);
