@@ -168,6 +168,24 @@ const std::set<std::string> VIEWS = {"aten::view",       "aten::as_strided",    
                                      "aten::alias",      "aten::view_as_real",  "aten::set_",           "aten::resize_",
                                      "aten::view.dtype", "aten::empty_strided", "aten::empty"};
 
+// A softmax in f32 of halves is one operator there (an `out` variant, as libtorch has it from the others), which the
+// CPU has in two steps. Answers the output of a gradient that is still to be cast.
+Tensor widen_softmax(const std::string& full, c10::IValue* arguments) {
+  if ((full == "aten::_softmax.out" || full == "aten::_log_softmax.out") && arguments[2].toBool()) {
+    arguments[0] = arguments[0].toTensor().to(at::kFloat);
+    arguments[2] = false;
+  } else if (full == "aten::_softmax_backward_data.out" || full == "aten::_log_softmax_backward_data.out") {
+    const auto wide = arguments[0].toTensor().scalar_type();
+    if (arguments[3].toScalarType() != wide) {
+      auto out = arguments[4].toTensor();
+      arguments[3] = static_cast<int64_t>(wide);
+      arguments[4] = at::empty(out.sizes(), at::TensorOptions(wide));
+      return out;
+    }
+  }
+  return Tensor();
+}
+
 void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const auto& name = schema.name();
@@ -200,6 +218,7 @@ void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const Tensor narrow = widen_softmax(full, stack->data() + base);
     if (call.on_device && op.hasTag(at::Tag::nondeterministic_seeded)) {
       // Operators draw from the CPU's generator: it gets the device's state for so long.
       static std::mutex turns;
@@ -212,6 +231,10 @@ void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       cpu.set_state(before);
     } else {
       op.callBoxed(stack);
+    }
+    if (narrow.defined()) {
+      narrow.copy_(stack->back().toTensor());
+      stack->back() = narrow;
     }
   }
   call.follow();
