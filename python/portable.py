@@ -44,6 +44,8 @@ def portable(traced: torch.jit.ScriptModule, module: nn.Module) -> torch.jit.Scr
     for node in list(every_node(graph)):
         if node.schema() != "(no schema)":
             rewrite(node, questions)
+        if node.kind() == "aten::Int" and (number := on_host(graph, node, next(node.inputs()))) is not None:
+            node.output().replaceAllUsesWith(number)
     torch._C._jit_pass_dce(graph)
     graph.lint()
     with torch.no_grad():
@@ -110,6 +112,31 @@ def rewrite(node, questions: Questions) -> None:
             node.replaceInput(i, questions.limit(limits[found]))
         elif isinstance(found, torch.Tensor) and (found.dtype == MARK or found.dim() > 0):
             node.replaceInput(i, moved(node, value, questions, found.dtype == MARK))
+
+
+def on_host(graph, node, value):
+    """The integer of a tensor that a trace makes of sizes (`x.shape[-1] // 2`), reckoned without tensors, or None.
+
+    With a constant of the module's device in it, the host would wait for that device to be told.
+    """
+    inputs = list(value.node().inputs())
+    if value.node().kind() == "prim::NumToTensor":
+        return inputs[0] if inputs[0].type().kind() == "IntType" else None
+    graph.setInsertPoint(node)
+    found = constant(value)
+    # That is what a tensor of one integer is told as.
+    if type(found) is int:
+        return graph.insertConstant(found)
+    kinds = {"aten::floor_divide": "aten::floordiv", "aten::mul": "aten::mul"}
+    if value.node().kind() not in kinds:
+        return None
+    numbers = [on_host(graph, node, one) for one in inputs]
+    if None in numbers:
+        return None
+    result = graph.create(kinds[value.node().kind()], numbers)
+    result.insertBefore(node)
+    result.output().setType(torch._C.IntType.get())
+    return result.output()
 
 
 def moved(node, value, questions: Questions, cast: bool):

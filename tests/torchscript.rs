@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use common::{assert_close, assert_differs, assert_same, bits, device, read, rng};
-use tch::{Kind, Tensor};
-use tch_peft::{Base, Error, LoraConfig, LoraModel, QuantConfig, TorchScript};
+use tch::{Device, Kind, Tensor};
+use tch_peft::{AdamW, Base, Error, LoraConfig, LoraModel, Optimizer, QuantConfig, TorchScript};
 
 /// f32, relative to the norm.
 const TOLERANCE: f64 = 1e-5;
@@ -91,6 +91,46 @@ fn a_scripted_mlp_descends_as_in_peft_with_inputs_of_other_sizes() {
 #[test]
 fn a_scripted_mlp_with_dropout_descends_as_in_peft() {
     follow("mlp-tiny", "dropout", 0.1);
+}
+
+/// Weights, buffers and constants are where and in the dtype that was asked for: a step is refused nothing for mixing
+/// devices, waits for none (the stand-in for a GPU counts that, see device.rs), and learns.
+#[test]
+fn a_module_trains_where_it_was_loaded() {
+    let (Some(dir), _rng) = (fixtures(), rng()) else { return };
+    let waits = || if device() == Device::Cpu { 0 } else { tch::utils::version_cudart() };
+    for name in MODELS {
+        let record = read(dir.join(name).join("fixed/record.safetensors"));
+        for kind in [Kind::Float, Kind::Double, Kind::Half, Kind::BFloat16] {
+            let what = format!("{name} {kind:?}");
+            let base = Base::torchscript_to(dir.join(name).join("model.pt"), device(), kind).unwrap();
+            let config = LoraConfig::builder().r(4).target_modules("all-linear").build().unwrap();
+            let model = LoraModel::wrap(base, config).unwrap();
+            let mut optimizer = AdamW::builder().lr(1e-2).build(model.trainable_parameters()).unwrap();
+            let [input, labels] = ["0.input", "0.labels"].map(|name| record[name].shallow_clone());
+            let input = if input.is_floating_point() { input.to_kind(kind) } else { input };
+            let (mut losses, mut before) = (Vec::new(), 0);
+            for step in 0..8 {
+                // What is made once, such as the optimizer's state, is there after the first step.
+                if step == 1 {
+                    before = waits();
+                }
+                let output = model.forward(&input).unwrap();
+                assert_eq!((output.kind(), output.device()), (kind, device()), "{what}");
+                let loss = loss(&output.to_kind(Kind::Float), &labels);
+                loss.backward();
+                optimizer.step().unwrap();
+                optimizer.zero_grad().unwrap();
+                losses.push(loss.detach());
+            }
+            assert_eq!(waits() - before, 0, "{what}: waits");
+            for p in model.trainable_parameters() {
+                assert_eq!(p.tensor.device(), device(), "{what}: {}", p.name);
+            }
+            let [first, last] = [&losses[0], &losses[7]].map(|loss| f64::try_from(loss).unwrap());
+            assert!(last < first - 1e-2, "{what}: the loss went from {first} to {last}");
+        }
+    }
 }
 
 /// Names, shapes and example of the export, and that the module answers as the one in PyTorch.

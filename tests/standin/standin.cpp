@@ -63,10 +63,12 @@ class Call {
       for (const Tensor& t : value.toTensorVector()) list.push_back(to_cpu(t));
       return list;
     }
-    if (value.isOptionalTensorList()) {
-      c10::List<std::optional<Tensor>> list;
-      for (const std::optional<Tensor>& t : value.toOptionalTensorVector())
-        list.push_back(t ? std::optional<Tensor>(to_cpu(*t)) : std::nullopt);
+    if (value.isList() && !value.isIntList()) {
+      // Indices, some of them absent. In TorchScript the list's type may say more of them than the schema does,
+      // so libtorch's own question, `isOptionalTensorList`, isn't to be asked.
+      auto given = value.toList();
+      c10::impl::GenericList list(given.elementType());
+      for (const IValue& item : given.vec()) list.push_back(to_cpu(item));
       return list;
     }
     return value;
@@ -166,18 +168,44 @@ const std::set<std::string> VIEWS = {"aten::view",       "aten::as_strided",    
                                      "aten::alias",      "aten::view_as_real",  "aten::set_",           "aten::resize_",
                                      "aten::view.dtype", "aten::empty_strided", "aten::empty"};
 
+// A softmax in f32 of halves is one operator there (an `out` variant, as libtorch has it from the others), which the
+// CPU has in two steps. Answers the output of a gradient that is still to be cast.
+Tensor widen_softmax(const std::string& full, c10::IValue* arguments) {
+  if ((full == "aten::_softmax.out" || full == "aten::_log_softmax.out") && arguments[2].toBool()) {
+    arguments[0] = arguments[0].toTensor().to(at::kFloat);
+    arguments[2] = false;
+  } else if (full == "aten::_softmax_backward_data.out" || full == "aten::_log_softmax_backward_data.out") {
+    const auto wide = arguments[0].toTensor().scalar_type();
+    if (arguments[3].toScalarType() != wide) {
+      auto out = arguments[4].toTensor();
+      arguments[3] = static_cast<int64_t>(wide);
+      arguments[4] = at::empty(out.sizes(), at::TensorOptions(wide));
+      return out;
+    }
+  }
+  return Tensor();
+}
+
 void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const auto& name = schema.name();
   auto full = schema.overload_name().empty() ? name : name + "." + schema.overload_name();
   const auto n = schema.arguments().size(), base = stack->size() - n;
+  // What is of the device after all would come back here, until the stack is full.
+  thread_local int depth = 0;
+  struct Inside {
+    Inside() { depth++; }
+    ~Inside() { depth--; }
+  } inside;
+  TORCH_CHECK(depth < 16, "the stand-in doesn't know all the arguments of ", full);
   Call call;
   bool masks = false;
   for (size_t i = 0; i < n; i++) {
     auto& value = (*stack)[base + i];
-    if (value.isOptionalTensorList())
-      for (const std::optional<Tensor>& t : value.toOptionalTensorVector())
-        masks |= t && t->defined() && (t->scalar_type() == at::kBool || t->scalar_type() == at::kByte);
+    if (value.isList() && name.find("index") != std::string::npos)
+      for (const IValue& t : value.toListRef())
+        masks |= t.isTensor() && t.toTensor().defined() &&
+                 (t.toTensor().scalar_type() == at::kBool || t.toTensor().scalar_type() == at::kByte);
     value = call.to_cpu(value);
   }
   const bool crosses = CROSSINGS.count(name) || CROSSINGS.count(full);
@@ -190,6 +218,7 @@ void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const Tensor narrow = widen_softmax(full, stack->data() + base);
     if (call.on_device && op.hasTag(at::Tag::nondeterministic_seeded)) {
       // Operators draw from the CPU's generator: it gets the device's state for so long.
       static std::mutex turns;
@@ -202,6 +231,10 @@ void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       cpu.set_state(before);
     } else {
       op.callBoxed(stack);
+    }
+    if (narrow.defined()) {
+      narrow.copy_(stack->back().toTensor());
+      stack->back() = narrow;
     }
   }
   call.follow();
