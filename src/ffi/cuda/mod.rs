@@ -39,9 +39,10 @@ pub(crate) struct Program {
 }
 
 /// The files that programs may include, by name.
-const HEADERS: [(&str, &str); 2] = [
+const HEADERS: [(&str, &str); 3] = [
     ("common.cuh", include_str!("../../../csrc/kernels/common.cuh")),
     ("formats.cuh", include_str!("../../../csrc/kernels/formats.cuh")),
+    ("products.cuh", include_str!("../../../csrc/kernels/products.cuh")),
 ];
 
 impl PartialEq for Program {

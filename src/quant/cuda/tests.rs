@@ -30,48 +30,74 @@ fn rows_that_a_weight_does_not_have_come_out_as_nan() {
     }
 }
 
-#[test]
-fn few_rows_multiply() {
-    // Rows that are whole steps of the tensor cores, one and several for each
-    // warp, and others; and more or fewer rows than fill a block.
-    let shapes = [
-        ([70, 256], Kind::BFloat16),
-        ([33, 4224], Kind::BFloat16),
-        ([5, 512], Kind::Half),
-        ([33, 72], Kind::BFloat16),
-        ([70, 256], Kind::Float),
-    ];
-    for (shape, kind) in shapes {
+/// Asserts that `found` is a · b but for the rounding of f32 sums, and of the result.
+fn assert_product(found: &Tensor, a: &Tensor, b: &Tensor, what: &str) {
+    let (a, terms) = (a.to_kind(Kind::Double), a.size()[1] as f64);
+    let (expected, magnitude) = (a.mm(b), a.abs().mm(&b.abs()));
+    let result = match found.kind() {
+        Kind::Float => 0.0,
+        Kind::Half => 0.5f64.powi(11),
+        _ => 0.5f64.powi(8),
+    };
+    let bound = magnitude * (terms * 0.5f64.powi(24)) + expected.abs() * result + 1e-7;
+    let within = (found.to_kind(Kind::Double) - expected).abs().le_tensor(&bound).all();
+    assert!(i64::try_from(within).unwrap() == 1, "{what}");
+}
+
+/// Both directions of a product with every scheme, in these shapes.
+fn few_rows_multiply(shapes: &[([i64; 2], Kind)], rows: &[i64]) {
+    for &(shape, kind) in shapes {
         let [out, inn] = shape;
         for packed in packed(shape, kind) {
             let scheme = packed.scheme().unwrap();
             let dense = packed.dequantize(Kind::Float).unwrap().to_kind(Kind::Double);
-            for n in [1, 2, 7, 8, 9, 16] {
+            for &n in rows {
                 for x_kind in [Kind::Float, Kind::BFloat16, kind] {
                     let what = format!("{scheme} {kind:?} {shape:?}, {n} rows of {x_kind:?}");
-                    let x = Tensor::randn([n, inn], (Kind::Float, Device::Cpu)).to_kind(x_kind);
-                    let mut y = Tensor::full([n, out], f64::NAN, (x_kind, Device::Cpu));
-                    let op = Op::Product { x: &x, y: &mut y };
-                    if !serve(&Emulation, packed.as_ref(), op).unwrap() {
+                    let random = |columns| Tensor::randn([n, columns], (Kind::Float, Device::Cpu)).to_kind(x_kind);
+                    let none = |columns| Tensor::full([n, columns], f64::NAN, (x_kind, Device::Cpu));
+                    let (x, g, mut y, mut dx) = (random(inn), random(out), none(out), none(inn));
+                    let served = [
+                        serve(&Emulation, packed.as_ref(), Op::Product { x: &x, y: &mut y }).unwrap(),
+                        serve(&Emulation, packed.as_ref(), Op::ProductTransposed { g: &g, dx: &mut dx }).unwrap(),
+                    ];
+                    if served == [false; 2] {
                         // Blocks of no whole units.
-                        assert!(shape[1] == 72 && matches!(scheme, Scheme::Gptq { .. } | Scheme::Nf4 { .. }), "{what}");
+                        assert!(inn == 72 && matches!(scheme, Scheme::Gptq { .. } | Scheme::Nf4 { .. }), "{what}");
                         continue;
                     }
-                    let x = x.to_kind(Kind::Double);
-                    let (expected, magnitude) = (x.mm(&dense.tr()), x.abs().mm(&dense.tr().abs()));
-                    // The rounding of f32 sums, and of the result.
-                    let result = match x_kind {
-                        Kind::Float => 0.0,
-                        Kind::Half => 0.5f64.powi(11),
-                        _ => 0.5f64.powi(8),
-                    };
-                    let bound = magnitude * (inn as f64 * 0.5f64.powi(24)) + expected.abs() * result + 1e-7;
-                    let within = (y.to_kind(Kind::Double) - expected).abs().le_tensor(&bound).all();
-                    assert!(i64::try_from(within).unwrap() == 1, "{what}");
+                    assert_eq!(served, [true; 2], "{what}");
+                    assert_product(&y, &x, &dense.tr(), &what);
+                    assert_product(&dx, &g, &dense, &format!("{what}, transposed"));
                 }
             }
         }
     }
+}
+
+// Rows that are whole steps of the tensor cores, one and several for each warp, and others; and more or
+// fewer rows than fill a block.
+#[test]
+fn few_rows_multiply_by_short_weights() {
+    let shapes = [
+        ([70, 256], Kind::BFloat16),
+        ([5, 512], Kind::Half),
+        ([33, 72], Kind::BFloat16),
+        ([12, 40], Kind::Half),
+        ([70, 256], Kind::Float),
+    ];
+    few_rows_multiply(&shapes, &[1, 2, 7, 8, 9, 16]);
+}
+
+#[test]
+fn few_rows_multiply_by_long_rows() {
+    few_rows_multiply(&[([33, 4224], Kind::BFloat16)], &[1, 9]);
+}
+
+// Parts whose sums are added up, the last one shorter.
+#[test]
+fn few_rows_multiply_by_many_rows() {
+    few_rows_multiply(&[([389, 128], Kind::BFloat16), ([300, 24], Kind::Float)], &[3, 16]);
 }
 
 /// Programs of every scheme's format: unpacking to and multiplying with each dtype.
@@ -82,7 +108,9 @@ fn programs() -> Vec<Program> {
             let form = Form::of(packed.as_ref()).unwrap().unwrap();
             for other in [Kind::Float, Kind::BFloat16, Kind::Half] {
                 let unpack = unpack_program(&form, other).unwrap();
-                programs.extend([unpack, few::program(&form, other, 80).unwrap().0]);
+                let few = [few::Direction::Forward, few::Direction::Transposed];
+                programs.push(unpack);
+                programs.extend(few.map(|direction| few::program(&form, other, 80, direction).unwrap().0));
             }
         }
     }
@@ -96,7 +124,7 @@ fn programs() -> Vec<Program> {
 #[test]
 fn programs_compile_without_warnings_or_spills() {
     let programs = programs();
-    assert!(programs.len() > 150, "{}", programs.len());
+    assert!(programs.len() > 225, "{}", programs.len());
     for program in &programs {
         let common = program.macros.contains(&("W", "bf16")) && program.macros.contains(&("T", "bf16"));
         for capability in [80, 90, 120] {
