@@ -23,6 +23,8 @@ mod launch;
 pub(crate) mod nvrtc;
 
 pub(crate) use fallback::by_kernel;
+#[cfg(test)]
+pub(crate) use fallback::{Failed, or_operators};
 
 use crate::error::{Error, Result};
 use std::hash::{Hash, Hasher};

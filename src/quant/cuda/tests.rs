@@ -4,8 +4,11 @@
 use super::*;
 use crate::ffi::cuda::emulation::Emulation;
 use crate::ffi::cuda::nvrtc::{Nvrtc, assert_compiles};
+use crate::ffi::cuda::{Failed, or_operators};
 use crate::quant::Scheme;
-use crate::quant::cpu::tests::{packed, unpacks_the_same_bits};
+use crate::quant::cpu::tests::{packed, same, unpacks_the_same_bits};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use tch::Device;
 
 // The CPU's kernels, which are tested against libtorch's operators, define the values.
@@ -139,5 +142,70 @@ fn programs_compile_without_warnings_or_spills() {
     if let Ok(nvrtc) = Nvrtc::get() {
         let reason = nvrtc.compile(&wrong, "sm_80", &[]).unwrap_err();
         assert!(reason.contains("FORMAT"), "{reason}");
+    }
+}
+
+/// A device on which no kernel can be had.
+struct Broken {
+    why: fn(&Launch) -> String,
+    failed: Failed,
+    tried: AtomicUsize,
+}
+
+impl Launcher for Broken {
+    fn launch(&self, launch: &Launch) -> Result<()> {
+        self.failed.or_start(launch, || {
+            self.tried.fetch_add(1, Ordering::Relaxed);
+            Err((self.why)(launch))
+        })
+    }
+
+    fn capability(&self) -> u32 {
+        80
+    }
+
+    fn processors(&self) -> u32 {
+        1
+    }
+}
+
+/// What NVRTC says of the program without its format.
+fn not_compiled(launch: &Launch) -> String {
+    let mut wrong = launch.program.clone();
+    wrong.macros.retain(|(name, _)| *name != "FORMAT");
+    match Nvrtc::get() {
+        Ok(nvrtc) => nvrtc.compile(&wrong, "sm_80", &[]).unwrap_err(),
+        Err(_) => "NVRTC could not compile it, if there were one".into(),
+    }
+}
+
+#[test]
+fn operators_serve_where_a_kernel_fails_which_is_tried_and_told_once() {
+    let not_started = |_: &Launch| "cuLaunchKernel failed with status 701".to_string();
+    // Different kernels, as each is told once in a process.
+    let cases: [([i64; 2], &str, fn(&Launch) -> String, &str); 2] = [
+        ([6, 256], "unpack::unpack_units", not_compiled, "could not compile"),
+        ([5, 37], "unpack::unpack_elements", not_started, "status 701"),
+    ];
+    for (shape, kernel, why, told) in cases {
+        let broken = Broken { why, failed: Failed::default(), tried: AtomicUsize::new(0) };
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let log = tracing_subscriber::fmt().with_ansi(false).with_writer(Mutex::new(file.reopen().unwrap())).finish();
+        let packed = packed(shape, Kind::Float).swap_remove(0);
+        let expected = packed.dequantize(Kind::Float).unwrap();
+        tracing::subscriber::with_default(log, || {
+            for _ in 0..3 {
+                let mut out = Tensor::full(shape, f64::NAN, (Kind::Float, Device::Cpu));
+                let op = Op::Unpack { row: 0, columns: 0..shape[1], out: &mut out };
+                assert_eq!(or_operators(serve(&broken, packed.as_ref(), op)).unwrap(), None, "{kernel}");
+                assert_eq!(i64::try_from(out.isnan().all()).unwrap(), 1, "{kernel}: something was written");
+                packed.rows_by_operators(0, &mut out).unwrap();
+                same(&out, &expected, kernel);
+            }
+        });
+        assert_eq!(broken.tried.into_inner(), 1, "{kernel}");
+        let log = std::fs::read_to_string(file.path()).unwrap();
+        assert_eq!(log.matches("WARN").count(), 1, "{log}");
+        assert!(log.contains(kernel) && log.contains(told), "{log}");
     }
 }
