@@ -1,8 +1,8 @@
 // y = x · Wᵀ for at most sixteen rows of x, straight from the packed bytes.
 //
-// Compiled with FORMAT, W and T as unpack.cu is; T is the dtype of x and y. Sums
-// are in f32, in an order that depends on the shapes only.
-#include "formats.cuh"
+// T is the dtype of x and y. Sums are in f32, in an order that depends on the
+// shapes only.
+#include "products.cuh"
 
 struct Product {
   Weight weight;
@@ -12,18 +12,6 @@ struct Product {
   i64 n;
   i64 out;
 };
-
-// Values that are rounded to W by `decode`, and by being packed.
-namespace exact {
-using B = W;
-using Format = FORMAT;
-}  // namespace exact
-namespace packed {
-using B = float;
-using Format = FORMAT;
-}  // namespace packed
-
-constexpr int LANES = 32;
 
 // --- For any dtypes: a warp for each row of W, eight rows of x at a time ---
 
@@ -74,34 +62,6 @@ constexpr int WARPS = THREADS / LANES;
 constexpr int TILES = 2;
 constexpr int UNITS = 16 / packed::Format::BYTES;
 constexpr int CHUNK = 8 * UNITS;
-
-template <typename A>
-struct IsBf16 {
-  static constexpr bool value = false;
-};
-template <>
-struct IsBf16<bf16> {
-  static constexpr bool value = true;
-};
-
-// d += a · b: a (16, 16) and b (16, 8) of T, d (16, 8) of f32.
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#ifdef __CUDA_ARCH__
-  if (IsBf16<T>::value) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-#else
-  mma_m16n8k16(d, a, b0, b1, [](u16 bits) { return to_float(T{bits}); });
-#endif
-}
 
 // For at most 8 · X_TILES rows of x.
 template <int X_TILES, typename Format>

@@ -205,19 +205,17 @@ struct Groups {
     float q = (float)(byte >> s.bit & ((1 << BITS) - 1));
     return rounded<B>(rounded<W>(q * s.scale) - s.shift);
   }
-  __device__ __forceinline__ Scale of_group(i64 group) const {
+  // In the 32 bits of a unit's numbers, or 64.
+  template <typename Index>
+  __device__ __forceinline__ Scale of_group(Index group) const {
     return {to_float(static_cast<const W*>(w.scales)[group]), to_float(static_cast<const W*>(w.more)[group]),
-            (int)(group / w.packed_rows) * BITS};
+            (int)(group / (Index)w.packed_rows) * BITS};
   }
   __device__ __forceinline__ const u8* place(Unit at) const {
     u32 group = at.index / units, row = group % (u32)w.packed_rows;
     return w.bytes + ((i64)row * units + at.index % units) * 8;
   }
-  __device__ __forceinline__ Scale scale(Unit at) const {
-    u32 group = at.index / units;
-    return {to_float(static_cast<const W*>(w.scales)[group]), to_float(static_cast<const W*>(w.more)[group]),
-            (int)(group / (u32)w.packed_rows) * BITS};
-  }
+  __device__ __forceinline__ Scale scale(Unit at) const { return of_group(at.index / units); }
   __device__ __forceinline__ void decode(const u32* words, Scale scale, float (&v)[8]) const {
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = value(words[i / 4] >> 8 * (i % 4) & 255, scale);

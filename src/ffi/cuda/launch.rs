@@ -2,6 +2,7 @@
 
 use super::cache::Cache;
 use super::driver::{Context, Driver, Function, Module};
+use super::fallback::Failed;
 use super::nvrtc::Nvrtc;
 use super::{Launch, Launcher, Program};
 use crate::error::{Error, Result};
@@ -25,6 +26,7 @@ pub(crate) struct Card {
     context: Context,
     modules: Mutex<HashMap<Program, Outcome<Module>>>,
     functions: Mutex<HashMap<(Program, &'static str), Function>>,
+    failed: Failed,
 }
 
 /// A mutex whose holders never leave it half changed.
@@ -45,7 +47,8 @@ impl Card {
             reason,
             remedy: "check the device's index and `nvidia-smi`".into(),
         })?;
-        let card = Arc::new(Card { index, context, modules: Mutex::default(), functions: Mutex::default() });
+        let (modules, functions, failed) = (Mutex::default(), Mutex::default(), Failed::default());
+        let card = Arc::new(Card { index, context, modules, functions, failed });
         cards.push(Arc::clone(&card));
         Ok(card)
     }
@@ -83,19 +86,15 @@ fn stream(index: usize) -> Result<*mut c_void> {
 impl Launcher for Card {
     fn launch(&self, launch: &Launch) -> Result<()> {
         let words = launch.words(Device::Cuda(self.index))?;
-        let failed = |reason| Error::Kernel {
-            kernel: format!("{}::{}", launch.program.name, launch.kernel),
-            reason,
-            remedy: "check that libtorch, its NVRTC and the driver are of one CUDA version".into(),
-        };
-        let function = self.function(launch.program, launch.kernel).map_err(failed)?;
-        let stream = stream(self.index)?;
-        // SAFETY: the tensors are lent, contiguous and on this device, and freed
-        // no earlier than what runs on their stream; each kernel of `csrc/kernels`
-        // keeps to the sizes that are passed beside them, which the emulation
-        // tests. The struct is no larger than the words, by `KERNEL`.
-        unsafe { Driver::get()?.launch(&self.context, function, launch.blocks, launch.threads, stream, &words) }
-            .map_err(failed)
+        let (driver, stream) = (Driver::get()?, stream(self.index)?);
+        self.failed.or_start(launch, || {
+            let function = self.function(launch.program, launch.kernel)?;
+            // SAFETY: the tensors are lent, contiguous and on this device, and freed
+            // no earlier than what runs on their stream; each kernel of `csrc/kernels`
+            // keeps to the sizes that are passed beside them, which the emulation
+            // tests. The struct is no larger than the words, by `KERNEL`.
+            unsafe { driver.launch(&self.context, function, launch.blocks, launch.threads, stream, &words) }
+        })
     }
 
     fn capability(&self) -> u32 {

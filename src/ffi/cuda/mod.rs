@@ -23,6 +23,8 @@ mod launch;
 pub(crate) mod nvrtc;
 
 pub(crate) use fallback::by_kernel;
+#[cfg(test)]
+pub(crate) use fallback::{Failed, or_operators};
 
 use crate::error::{Error, Result};
 use std::hash::{Hash, Hasher};
@@ -39,9 +41,10 @@ pub(crate) struct Program {
 }
 
 /// The files that programs may include, by name.
-const HEADERS: [(&str, &str); 2] = [
+const HEADERS: [(&str, &str); 3] = [
     ("common.cuh", include_str!("../../../csrc/kernels/common.cuh")),
     ("formats.cuh", include_str!("../../../csrc/kernels/formats.cuh")),
+    ("products.cuh", include_str!("../../../csrc/kernels/products.cuh")),
 ];
 
 impl PartialEq for Program {

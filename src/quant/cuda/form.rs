@@ -114,6 +114,12 @@ impl Form {
         self.units && self.block % self.chunk == 0 && self.inn % (4 * self.chunk) == 0
     }
 
+    /// Elements whose codes are in eight bytes, if rows and blocks are whole numbers of these.
+    pub(super) fn half_chunk(&self) -> Option<i64> {
+        let half = self.chunk / 2;
+        (self.units && self.block % half == 0 && self.inn % half == 0).then_some(half)
+    }
+
     /// The fields of `Weight`.
     pub(super) fn arguments(&self) -> Vec<Argument<'_>> {
         fn optional(tensor: Option<&Tensor>) -> Argument<'_> {

@@ -35,8 +35,7 @@ fn serve(launcher: &dyn Launcher, weight: &dyn PackedWeight, op: Op) -> Result<b
             unpack(launcher, &form, &Rectangle { index: Some(index), row: 0, rows, column: 0, width }, out)?;
         }
         Op::Product { x, y } => return few::product(launcher, &form, x, y),
-        // A tile serves these few rows too.
-        Op::ProductTransposed { .. } => return Ok(false),
+        Op::ProductTransposed { g, dx } => return few::transposed(launcher, &form, g, dx),
     }
     Ok(true)
 }
