@@ -81,6 +81,8 @@ def make(peer, weight, dtype, rank):
         case "dense (mm)":
             return Dense(weight, onednn=False)
         case "dense (oneDNN)":
+            # Raises where oneDNN has no products of this dtype.
+            OneDnn.apply(torch.zeros(1, weight.shape[1], dtype=dtype), weight)
             return Dense(weight, onednn=True)
         case "PEFT dense":
             layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype)

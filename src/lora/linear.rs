@@ -1,7 +1,8 @@
 //! The adapted linear: y = x·Wᵀ + bias + s · (drop(x)·Aᵀ·Bᵀ + b), as one node.
 //!
 //! The base's products run in the dtype of x, and so do those of A and B, unless
-//! they are done [by hand](super::products). Saved for the backward pass: x,
+//! they are done [by hand](super::products); all of them in f32 where libtorch is
+//! slow with 16 bits, and the results are rounded to the dtype of x once. Saved for the backward pass: x,
 //! u = drop(x)·Aᵀ, A, B and, with dropout, the mask as one byte per element. W
 //! stays packed.
 
@@ -110,10 +111,10 @@ pub(super) fn adapted(map: LinearMap, x: &Tensor, bias: Option<&Tensor>, low_ran
     let (scaling, p) = (*scaling, *p);
     let rows = Rows::new(map.inn(), x)?;
     let products = if p == 0.0 { Products::of(&rows.matrix, a, b)? } else { Products::Libtorch };
+    let kind = products.kind(&rows.matrix)?;
     let (y, u, mask) = {
         let _no_grad = tch::no_grad_guard();
-        let x = &rows.matrix;
-        let kind = x.f_kind()?;
+        let x = &rows.matrix.f_to_kind(kind)?;
         let mut y = map.apply(x, bias)?;
         let mask = if p == 0.0 { None } else { Some(draw_mask(x, p)?) };
         let dropped = mask.as_ref().map_or(Ok(x.shallow_clone()), |mask| keep(x, mask))?;
@@ -122,7 +123,7 @@ pub(super) fn adapted(map: LinearMap, x: &Tensor, bias: Option<&Tensor>, low_ran
         if let Some(bias) = b_bias {
             let _ = y.f_add_(&bias.f_mul_scalar(scaling)?.f_to_kind(kind)?)?;
         }
-        (rows.reshape(&y)?, u, mask)
+        (rows.reshape(&y.f_to_kind(rows.matrix.f_kind()?)?)?, u, mask)
     };
     let biases: Vec<&Tensor> = bias.into_iter().chain(b_bias).collect();
     let inputs: Vec<&Tensor> = [x, a, b].into_iter().chain(biases.iter().copied()).collect();
@@ -162,7 +163,8 @@ impl Backward for LoraNode {
         let [x, u, a, b, mask @ ..] = saved else { return Ok(Vec::new()) };
         let mask = mask.first();
         let needs = |i: usize| needed.get(i) == Some(&true);
-        let kind = x.f_kind()?;
+        let kind = self.products.kind(x)?;
+        let x = &x.f_to_kind(kind)?;
         let grad = as_matrix(grad, self.map.out())?.f_to_kind(kind)?;
 
         let (products, s) = (self.products, self.scaling);

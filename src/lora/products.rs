@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::ffi::bytes::{read, write};
 use crate::ffi::compute::add_product;
 use crate::ffi::simd::{Kernel, LANES, Simd, dispatch};
-use crate::quant::Float;
+use crate::quant::{Float, gemm};
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
@@ -35,6 +35,12 @@ impl Products {
         let factors = [a, b].into_iter().all(|t| t.kind() == Kind::Float && t.is_contiguous());
         let small = (1..=ROWS).contains(&n) && r > 0 && n * r * inn.max(out) <= WORK;
         Ok(if x.device() == Device::Cpu && floats && factors && small { Products::ByHand } else { Products::Libtorch })
+    }
+
+    /// The dtype to multiply such x in.
+    pub(super) fn kind(self, x: &Tensor) -> Result<Kind> {
+        let kind = x.f_kind()?;
+        Ok(if self == Products::Libtorch { gemm::product_kind(kind, x.device()) } else { kind })
     }
 
     /// x · Aᵀ (n, r).

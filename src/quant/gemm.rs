@@ -14,6 +14,17 @@ use tch::{Device, Kind, Tensor};
 /// Rows from which oneDNN is the faster one.
 const ONEDNN_ROWS: i64 = 64;
 
+/// The dtype to multiply matrices of `kind` in, and to round the result from:
+/// f32 instead of 16 bits where libtorch would go through them one by one.
+pub(crate) fn product_kind(kind: Kind, device: Device) -> Kind {
+    static SLOW: OnceLock<bool> = OnceLock::new();
+    let slow = || *SLOW.get_or_init(crate::ffi::simd::no_products_of_16_bits);
+    match kind {
+        Kind::BFloat16 | Kind::Half if device == Device::Cpu && slow() => Kind::Float,
+        kind => kind,
+    }
+}
+
 /// Whether `x · w` of these rows goes to oneDNN.
 fn by_onednn(x: &Tensor) -> Result<bool> {
     static HERE: OnceLock<bool> = OnceLock::new();

@@ -28,7 +28,11 @@ fn dense_matrix(weight: &dyn PackedWeight, kind: Kind) -> Result<Option<Tensor>>
 const FEW: i64 = 16;
 const FEW_OF_16_BITS: i64 = 8;
 
-/// That number for x · Wᵀ.
+/// Rows up to which x · Wᵀ of a dense weight of 16 bits stays in that dtype where
+/// [`gemm::product_kind`] is f32: casting the weight would take longer.
+const FEW_OF_DENSE: i64 = 2;
+
+/// [`FEW`] for x · Wᵀ.
 fn few(kind: Kind, device: Device) -> i64 {
     // A card's kernels are bound by its memory up to the same number in any dtype.
     if kind == Kind::Float || device != Device::Cpu { FEW } else { FEW_OF_16_BITS }
@@ -40,17 +44,22 @@ fn few(kind: Kind, device: Device) -> i64 {
 pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (kind, [out, inn]) = (x.f_kind()?, weight.shape());
     let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
-    if let Some(dense) = dense_matrix(weight, kind)? {
+    let (n, wide) = (x.size2()?.0, gemm::product_kind(kind, x.device()));
+    if let Some(dense) = dense_matrix(weight, kind)?
+        && (wide == kind || n <= FEW_OF_DENSE)
+    {
         return gemm::linear(x, &dense, bias.as_ref());
     }
     let add = |mut y: Tensor| match &bias {
         Some(bias) => Ok(y.f_add_(bias)?),
         None => Ok(y),
     };
-    let n = x.size2()?.0;
     let mut y = Tensor::f_empty([n, out], (kind, x.device()))?;
     if n <= few(kind, x.device()) && op::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
         return add(y);
+    }
+    if wide != kind {
+        return Ok(product(weight, &x.f_to_kind(wide)?, bias.as_ref())?.f_to_kind(kind)?);
     }
     tiles::for_each_rows((kind, x.device()), [out, inn], |start, rows| {
         tiles::with_scratch(rows, inn, kind, x.device(), |tile| {
@@ -68,13 +77,19 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
 /// Sums are in f32, or f64 for such g.
 pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Result<Tensor> {
     let (kind, [out, inn]) = (g.f_kind()?, weight.shape());
-    if let Some(dense) = dense_matrix(weight, kind)? {
+    let wide = gemm::product_kind(kind, g.device());
+    if let Some(dense) = dense_matrix(weight, kind)?
+        && wide == kind
+    {
         return gemm::multiply(g, &dense);
     }
     let n = g.size2()?.0;
     let mut dx = Tensor::f_empty([n, inn], (kind, g.device()))?;
     if n <= FEW && op::run(weight, Op::ProductTransposed { g: &g.f_contiguous()?, dx: &mut dx })? {
         return Ok(dx);
+    }
+    if wide != kind {
+        return Ok(product_transposed(weight, &g.f_to_kind(wide)?)?.f_to_kind(kind)?);
     }
     // A range of columns is summed up in one product. Where only rows can be
     // unpacked, the sums of all tiles are added up in f32.

@@ -1,7 +1,9 @@
 #!/bin/sh
 # `cargo` as the commands of the guides find it: programs are those of the build for tests, made where the
-# repository ($ROOT) is and run where the command is, with fewer steps. $REAL_CARGO is the other one.
+# repository ($ROOT) is and run where the command is, with fewer steps. $REAL_CARGO and $REAL_LIBTORCH are those of the build.
 set -eu
+# A block may name another one.
+export LIBTORCH="$REAL_LIBTORCH"
 
 # Runs a program of a package.
 program() {

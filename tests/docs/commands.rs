@@ -94,6 +94,7 @@ impl Shell {
         let mut shell = Command::new("sh");
         shell.args(["-euc", script]).current_dir(folder);
         shell.env("PATH", path).env("REAL_CARGO", env!("CARGO")).env("ROOT", common::root());
+        shell.env("REAL_LIBTORCH", std::env::var_os("LIBTORCH").unwrap_or_default());
         shell.env("HF_HUB_OFFLINE", "1").env("PYTHONDONTWRITEBYTECODE", "1");
         let output = shell.output().map_err(|error| format!("sh: {error}"))?;
         let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();

@@ -129,6 +129,15 @@ pub(crate) fn wide_but_not_intel() -> bool {
     false
 }
 
+/// Whether this is an x86 processor without AVX-512, for which libtorch has no
+/// matrix products of 16-bit numbers but loops over elements.
+pub(crate) fn no_products_of_16_bits() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return Avx512::detect().is_none();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
