@@ -17,9 +17,9 @@ test | "xtask test") exit ;; # This is one of those tests.
 "+nightly fuzz run --sanitizer none "*) test -e "$ROOT/fuzz/fuzz_targets/$6.rs" && exit ;; # Needs that compiler.
 "bench --bench "*)
     name=$3 && shift 3 && [ "${1-}" != -- ] || shift
-    # Benches run where the repository is.
+    # Benches run where the repository is; their figures are none for the guide.
     for word; do
-        shift && case $word in docs/*) word=$PWD/$word ;; esac
+        shift && case $word in docs/*) word=$PWD/${word##*/} ;; esac
         set -- "$@" "$word"
     done
     exec "$REAL_CARGO" test --quiet --manifest-path "$ROOT/Cargo.toml" --bench "$name" -- --trial "$@"
