@@ -32,7 +32,7 @@ fn shape(line: &str) -> String {
 /// The program with the arguments of the guide, and these.
 fn program(folder: &Path, arguments: &str, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_serve"));
-    let arguments = arguments.replacen("DIR", "Qwen3-0.6B", 1).replacen("DIR", "adapters", 1);
+    let arguments = arguments.replacen("DIR", "Qwen3-0.6B", 1).replacen("DIR", "../adapters", 1);
     command
         .args(arguments.split_whitespace())
         .args(["--device", "cpu"])
