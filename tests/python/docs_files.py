@@ -17,8 +17,6 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-WORDS = finetune_diffusion.WORDS
-
 
 def make_llm(out: Path) -> None:
     """A folder of Hugging Face's, and texts."""
@@ -37,14 +35,6 @@ def make_llm(out: Path) -> None:
     (out / "notes.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
-def clip(width: int) -> nn.Module:
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(WORDS) + 3, hidden_size=width, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=8, projection_dim=width, bos_token_id=2, eos_token_id=2,
-    )  # fmt: skip
-    return transformers.CLIPTextModelWithProjection(config)
-
-
 def make_diffusion(out: Path) -> None:
     """A pipeline of SD3 as wide as the large one where it shows, images with captions, an adapter of SimpleTuner's."""
     transformer = diffusers.SD3Transformer2DModel(
@@ -57,11 +47,13 @@ def make_diffusion(out: Path) -> None:
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         scaling_factor=1.5305, shift_factor=0.0609, mid_block_add_attention=False,
     )  # fmt: skip
-    t5 = transformers.T5Config(vocab_size=len(WORDS) + 3, d_model=4096, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    vocabulary = len(finetune_diffusion.WORDS) + 3
+    t5 = transformers.T5Config(vocab_size=vocabulary, d_model=4096, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     tokens = finetune_diffusion.words()
     pipeline = diffusers.StableDiffusion3Pipeline(
         transformer=transformer, vae=vae, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=clip(768), tokenizer=tokens, text_encoder_2=clip(1280), tokenizer_2=tokens,
+        text_encoder=finetune_diffusion.clip(768), tokenizer=tokens,
+        text_encoder_2=finetune_diffusion.clip(1280), tokenizer_2=tokens,
         text_encoder_3=transformers.T5EncoderModel(t5), tokenizer_3=tokens,
     )  # fmt: skip
     pipeline.save_pretrained(out / "sd3")
