@@ -47,6 +47,9 @@ fn assert_product(found: &Tensor, a: &Tensor, b: &Tensor, what: &str) {
     assert!(i64::try_from(within).unwrap() == 1, "{what}");
 }
 
+/// Fewer and more rows than a product takes at a time.
+const ROWS: [i64; 6] = [1, 2, 7, 8, 9, 16];
+
 /// Both directions of a product with every scheme, in these shapes.
 fn few_rows_multiply(shapes: &[([i64; 2], Kind)], rows: &[i64]) {
     for &(shape, kind) in shapes {
@@ -92,12 +95,12 @@ fn few_rows_multiply_by_short_weights() {
         ([12, 40], Kind::Half),
         ([70, 256], Kind::Float),
     ];
-    few_rows_multiply(&shapes, &[1, 2, 7, 8, 9, 16]);
+    few_rows_multiply(&shapes, &ROWS);
 }
 
 #[test]
 fn few_rows_multiply_by_long_rows() {
-    few_rows_multiply(&[([33, 4224], Kind::BFloat16)], &[1, 9]);
+    few_rows_multiply(&[([33, 4224], Kind::BFloat16)], &ROWS);
 }
 
 // Parts whose sums are added up, the last one shorter.
