@@ -54,7 +54,8 @@ def values_of(model) -> dict[str, torch.Tensor]:
     values = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, bnb.nn.Params4bit):
-            value = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+            # fp4's code 8 is 0 in the file's own table, but -0 where the library finds no AVX-512: adding 0 makes it 0.
+            value = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state) + 0.0
         elif isinstance(parameter, bnb.nn.Int8Params):
             scb = parameter.SCB if parameter.SCB is not None else model.get_submodule(name[:-7]).state.SCB
             value = bnb.functional.int8_vectorwise_dequant(parameter.data, scb)
