@@ -2,7 +2,7 @@
 //! the kernels as slices.
 
 use super::kernels::{
-    self, Absmax, Bytes, Codes, Double, Dtype, E4m3, E5m2, Float, Floats, Format, Groups, I8, Powers, Tile, Zeros,
+    self, Absmax, Bytes, Codes, Double, Dtype, E4m3, E5m2, Float, Floats, Groups, I8, InBf16, Powers, Tile, Zeros,
 };
 use super::op::Op;
 use super::{Fp8Format, PackedWeight, Scheme};
@@ -137,7 +137,7 @@ fn codes<'t>(
 }
 
 /// Runs the kernel for the dtype of the tile or the activations.
-fn serve<F: Format>(format: &F, shape: [usize; 2], op: Op) -> Result<bool> {
+fn serve<F: InBf16>(format: &F, shape: [usize; 2], op: Op) -> Result<bool> {
     match op.kind()? {
         Kind::Float => serve_as::<F, f32>(format, shape, op),
         Kind::BFloat16 => serve_as::<F, bf16>(format, shape, op),
@@ -146,7 +146,7 @@ fn serve<F: Format>(format: &F, shape: [usize; 2], op: Op) -> Result<bool> {
     }
 }
 
-fn serve_as<F: Format, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Result<bool> {
+fn serve_as<F: InBf16, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Result<bool> {
     match op {
         Op::Unpack { row, columns, out } => {
             let tile = Tile { inn: shape[1], row: row as usize, columns: columns.start as usize..columns.end as usize };

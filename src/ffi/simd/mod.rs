@@ -12,6 +12,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod bf16;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod packing;
@@ -21,6 +22,7 @@ mod portable;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+pub(crate) use bf16::{Bf16Kernel, DotBf16, First, dispatch_bf16, multiplies_bf16, multiplies_bf16_faster};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use packing::Packing;

@@ -17,10 +17,12 @@ pub(crate) trait Float: Plain {
     fn store_pair<S: Simd>(s: S, v: [S::V; 2], to: &mut [Self; 2 * LANES]);
     /// The bits, of types of 16.
     fn words(values: &mut [Self]) -> Option<&mut [u16]>;
+    /// The same values, of bf16.
+    fn as_bf16(values: &[Self]) -> Option<&[bf16]>;
 }
 
 macro_rules! float {
-    ($($t:ty: $dtype:ident, $from:expr, $to:expr, $load:ident, $store:ident, $pair:expr, $words:expr);*) => { $(impl Float for $t {
+    ($($t:ty: $dtype:ident, $from:expr, $to:expr, $load:ident, $store:ident, $pair:expr, $words:expr, $bf16:expr);*) => { $(impl Float for $t {
         const DTYPE: Dtype = Dtype::$dtype;
 
         #[inline(always)]
@@ -52,12 +54,17 @@ macro_rules! float {
         fn words(values: &mut [Self]) -> Option<&mut [u16]> {
             $words(values)
         }
+
+        #[inline(always)]
+        fn as_bf16(values: &[Self]) -> Option<&[bf16]> {
+            $bf16(values)
+        }
     })* };
 }
 float! {
-    f32: F32, |v| v, |v| v, load, store, store_both, |_| None;
-    bf16: Bf16, bf16::from_f32, bf16::to_f32, load_bf16, store_bf16, Simd::store_bf16_pair, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values));
-    f16: F16, f16::from_f32, f16::to_f32, load_f16, store_f16, store_both, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values))
+    f32: F32, |v| v, |v| v, load, store, store_both, |_| None, |_| None;
+    bf16: Bf16, bf16::from_f32, bf16::to_f32, load_bf16, store_bf16, Simd::store_bf16_pair, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values)), Some;
+    f16: F16, f16::from_f32, f16::to_f32, load_f16, store_f16, store_both, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values)), |_| None
 }
 
 #[inline(always)]

@@ -174,7 +174,7 @@ pub(crate) struct Nibbles<'a, V> {
 impl<'a, Sc: Scales> Codes<'a, Sc> {
     /// A block with what its codes mean rounded to a dtype.
     #[inline(always)]
-    fn nibbles<S: Simd>(&self, s: S, index: usize, dtype: Dtype) -> Nibbles<'a, S::V> {
+    pub(super) fn nibbles<S: Simd>(&self, s: S, index: usize, dtype: Dtype) -> Nibbles<'a, S::V> {
         let table = dtype.round(s, s.mul(s.load(self.code), s.splat(self.scales.at(index))));
         let start = index * (self.block / 2);
         let end = (start + self.block / 2).min(self.bytes.len());
@@ -275,7 +275,7 @@ impl Byte for E5m2 {
 pub(crate) struct Bytes<'a, B> {
     bytes: &'a [u8],
     scales: Floats<'a>,
-    dtype: Dtype,
+    pub(super) dtype: Dtype,
     row: usize,
     read: PhantomData<fn() -> B>,
 }
@@ -290,8 +290,8 @@ impl<'a, B: Byte> Bytes<'a, B> {
 /// A scale, and bytes of one number each.
 #[derive(Clone, Copy)]
 pub(crate) struct Scaled<'a, V> {
-    scale: V,
-    bytes: &'a [[u8; LANES]],
+    pub(super) scale: V,
+    pub(super) bytes: &'a [[u8; LANES]],
 }
 
 impl<'a, B: Byte> Format for Bytes<'a, B> {
@@ -406,7 +406,7 @@ pub(crate) struct Groups<'a> {
     bytes: &'a [u8],
     scales: Floats<'a>,
     shifts: Floats<'a>,
-    dtype: Dtype,
+    pub(super) dtype: Dtype,
     group: usize,
     bits: usize,
     /// R.
@@ -446,9 +446,9 @@ impl<'a> Groups<'a> {
 /// A table of values, and bytes with a code at `shift` in each.
 #[derive(Clone, Copy)]
 pub(crate) struct Fields<'a, V> {
-    table: V,
-    bytes: &'a [[u8; LANES]],
-    shift: u32,
+    pub(super) table: V,
+    pub(super) bytes: &'a [[u8; LANES]],
+    pub(super) shift: u32,
 }
 
 impl<'a> Format for Groups<'a> {

@@ -8,17 +8,21 @@
 //!
 //! Unpacked values are the same bits on every instruction set. Sums are in f32;
 //! their order is that of the instruction set, so that products agree within
-//! the rounding of an f32 sum: at most `in · 2⁻²⁴` of `Σ |x · w|`.
+//! the rounding of an f32 sum: at most `in · 2⁻²⁴` of `Σ |x · w|`. Where a
+//! processor multiplies bf16 (`few_bf16`), subnormal ones count as zero.
 
 mod few;
+mod few_bf16;
 mod float;
 mod formats;
+mod in_bf16;
 mod nibbles;
 pub(crate) mod packing;
 mod unpack;
 
 pub(crate) use float::{Dtype, Float, Floats};
 pub(crate) use formats::{Absmax, Bytes, Codes, Double, E4m3, E5m2, Format, Groups, I8};
+pub(crate) use in_bf16::InBf16;
 pub(crate) use nibbles::{Powers, Zeros, power};
 pub(crate) use unpack::{Tile, unpack, unpack_index};
 
@@ -32,7 +36,7 @@ pub(crate) fn fits<F: Format>(format: &F, inn: usize) -> bool {
 
 /// Calls a kernel for 8, 4, 2 or 1 rows at a time.
 macro_rules! by_rows {
-    ($kernel:ident, $format:expr, $shape:expr, $from:expr, $width:expr, $to:expr, $to_width:expr) => {{
+    ($room:ident::$kernel:ident, $format:expr, $shape:expr, $from:expr, $width:expr, $to:expr, $to_width:expr) => {{
         let (mut from, mut to) = ($from, $to);
         while !from.is_empty() {
             let rows = match from.len() / $width {
@@ -44,10 +48,10 @@ macro_rules! by_rows {
             let (x, from_rest) = from.split_at(rows * $width);
             let (y, to_rest) = to.split_at_mut(rows * $to_width);
             match rows {
-                1 => few::$kernel::<F, T, 1>($format, $shape, x, y)?,
-                2 => few::$kernel::<F, T, 2>($format, $shape, x, y)?,
-                4 => few::$kernel::<F, T, 4>($format, $shape, x, y)?,
-                _ => few::$kernel::<F, T, 8>($format, $shape, x, y)?,
+                1 => $room::$kernel::<F, T, 1>($format, $shape, x, y)?,
+                2 => $room::$kernel::<F, T, 2>($format, $shape, x, y)?,
+                4 => $room::$kernel::<F, T, 4>($format, $shape, x, y)?,
+                _ => $room::$kernel::<F, T, 8>($format, $shape, x, y)?,
             }
             (from, to) = (from_rest, to_rest);
         }
@@ -56,16 +60,26 @@ macro_rules! by_rows {
 }
 
 /// y = x · Wᵀ: x (n, in), y (n, out), row-major, of a weight that [`fits`].
-pub(crate) fn product<F: Format, T: Float>(format: &F, shape: [usize; 2], x: &[T], y: &mut [T]) -> Result<()> {
-    by_rows!(product, format, shape, x, shape[1], y, shape[0])
+pub(crate) fn product<F: InBf16, T: Float>(format: &F, shape: [usize; 2], x: &[T], y: &mut [T]) -> Result<()> {
+    match T::as_bf16(x) {
+        Some(x) if few_bf16::fits(format, shape[1]) => {
+            by_rows!(few_bf16::product, format, shape, x, shape[1], y, shape[0])
+        }
+        _ => by_rows!(few::product, format, shape, x, shape[1], y, shape[0]),
+    }
 }
 
 /// dX = g · W: g (n, out), dx (n, in), row-major, of a weight that [`fits`].
-pub(crate) fn product_transposed<F: Format, T: Float>(
+pub(crate) fn product_transposed<F: InBf16, T: Float>(
     format: &F,
     shape: [usize; 2],
     g: &[T],
     dx: &mut [T],
 ) -> Result<()> {
-    by_rows!(product_transposed, format, shape, g, shape[0], dx, shape[1])
+    match T::as_bf16(g) {
+        Some(g) if few_bf16::fits(format, shape[1]) => {
+            by_rows!(few_bf16::product_transposed, format, shape, g, shape[0], dx, shape[1])
+        }
+        _ => by_rows!(few::product_transposed, format, shape, g, shape[0], dx, shape[1]),
+    }
 }

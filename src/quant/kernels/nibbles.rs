@@ -58,6 +58,16 @@ pub(crate) struct PowersRow<'a, V> {
     scales: &'a [u8],
 }
 
+impl<V: Copy> PowersRow<'_, V> {
+    /// The even elements of `32 i .. 32 i + 32` and the odd ones, not rounded.
+    #[inline(always)]
+    pub(super) fn scaled<S: Simd<V = V>>(&self, s: S, i: usize) -> [V; 2] {
+        let (bytes, scale) = (&self.bytes.as_chunks().0[i], s.splat(power(self.scales[i])));
+        let (even, odd) = (s.look_up_field(self.table, bytes, 0), s.look_up_field(self.table, bytes, 4));
+        [s.mul(even, scale), s.mul(odd, scale)]
+    }
+}
+
 impl<'a> Format for Powers<'a> {
     type Block<S: Simd> = PowersRow<'a, S::V>;
 
@@ -82,9 +92,8 @@ impl<'a> Format for Powers<'a> {
 
     #[inline(always)]
     fn pair<S: Simd>(&self, s: S, block: &PowersRow<'a, S::V>, i: usize) -> [S::V; 2] {
-        let (bytes, scale) = (&block.bytes.as_chunks().0[i], s.splat(power(block.scales[i])));
-        let (even, odd) = (s.look_up_field(block.table, bytes, 0), s.look_up_field(block.table, bytes, 4));
-        [self.dtype.round(s, s.mul(even, scale)), self.dtype.round(s, s.mul(odd, scale))]
+        let [even, odd] = block.scaled(s, i);
+        [self.dtype.round(s, even), self.dtype.round(s, odd)]
     }
 
     #[inline(always)]
@@ -109,7 +118,7 @@ pub(crate) struct Zeros<'a> {
     bytes: &'a [u8],
     scales: Floats<'a>,
     zeros: &'a [u8],
-    dtype: Dtype,
+    pub(super) dtype: Dtype,
     group: usize,
 }
 
