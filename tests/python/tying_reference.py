@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mirror import adapters
+from mirror import adapters, export
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -101,8 +101,10 @@ def main() -> None:
             error = float((output - record["after"]).norm() / record["after"].norm())
             assert error < 1e-5, f"{case}: {error}"
         return
-    ids = torch.zeros(2, 6, dtype=torch.long)
-    torch.jit.trace(Logits(llama().eval()), (ids,), check_trace=False).save(str(out / "model.pt"))
+    made = export.Export(Logits(llama()), "trace", [export.Input("ids", "<23", ("batch", "length"))], {})
+    exported, _, portable = export.to_torchscript(made, batch=2, length=6)
+    assert portable
+    exported.save(str(out / "model.pt"))
     for case in CASES:
         make(case, out)
 
