@@ -59,20 +59,24 @@ pub(crate) fn parallel_for(n: usize, f: impl Fn(usize) + Sync) -> Result<()> {
     }
 }
 
+/// Elements that threads share among them.
+struct Shared<'a, T>(*mut T, PhantomData<&'a mut [T]>);
+
+// SAFETY: below, each thread makes slices of its own elements only.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+
+impl<T> Shared<'_, T> {
+    fn start(&self) -> *mut T {
+        self.0
+    }
+}
+
 /// Calls `f(i, chunk)` for consecutive chunks of `len` elements (the last may
 /// be shorter), on libtorch's threads.
 ///
 /// # Errors
 /// A panic of `f`.
 pub(crate) fn for_each_chunk<T: Send>(out: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync) -> Result<()> {
-    struct Shared<'a, T>(*mut T, PhantomData<&'a mut [T]>);
-    // SAFETY: below, each thread makes slices of its own elements only.
-    unsafe impl<T: Send> Sync for Shared<'_, T> {}
-    impl<T> Shared<'_, T> {
-        fn start(&self) -> *mut T {
-            self.0
-        }
-    }
     let (total, len) = (out.len(), len.max(1));
     let shared = Shared(out.as_mut_ptr(), PhantomData);
     parallel_for(total.div_ceil(len), |i| {
@@ -82,6 +86,53 @@ pub(crate) fn for_each_chunk<T: Send>(out: &mut [T], len: usize, f: impl Fn(usiz
         // visited once; the exclusive borrow of `out` outlives all calls.
         let chunk = unsafe { std::slice::from_raw_parts_mut(shared.start().add(start), len.min(total - start)) };
         f(i, chunk);
+    })
+}
+
+/// A range of the columns of a matrix in rows.
+pub(crate) struct Columns<'a, T> {
+    /// The range in the first row.
+    start: *mut T,
+    /// Elements from a row to the next.
+    stride: usize,
+    rows: usize,
+    len: usize,
+    matrix: PhantomData<&'a mut [T]>,
+}
+
+impl<T> Columns<'_, T> {
+    /// How many columns.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The range in a row.
+    pub(crate) fn row(&mut self, row: usize) -> &mut [T] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: it lies in the matrix, which is borrowed exclusively; other
+        // ranges are of other columns, and `&mut self` is the only way to this one.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.len) }
+    }
+}
+
+/// Calls `f(i, columns)` for consecutive ranges of `len` columns (the last may
+/// be shorter) of a matrix with rows of `width` elements, on libtorch's threads.
+///
+/// # Errors
+/// A panic of `f`.
+pub(crate) fn for_each_columns<T: Send>(
+    matrix: &mut [T],
+    width: usize,
+    len: usize,
+    f: impl Fn(usize, Columns<T>) + Sync,
+) -> Result<()> {
+    let (rows, len) = (matrix.len() / width.max(1), len.max(1));
+    let shared = Shared(matrix.as_mut_ptr(), PhantomData);
+    parallel_for(width.div_ceil(len), |i| {
+        let first = i * len;
+        // SAFETY: `i` is below the number of ranges, so `first` is below `width`.
+        let start = unsafe { shared.start().add(first) };
+        f(i, Columns { start, stride: width, rows, len: len.min(width - first), matrix: PhantomData });
     })
 }
 

@@ -94,6 +94,11 @@ pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
     }
 }
 
+/// Whether the kernels do better than libtorch with any number of rows of this dtype.
+pub(super) fn multiplies_many(kind: Kind) -> bool {
+    dtype(kind).is_some_and(kernels::multiply_many)
+}
+
 fn dtype(kind: Kind) -> Option<Dtype> {
     match kind {
         Kind::Float => Some(Dtype::F32),
@@ -157,7 +162,11 @@ fn serve_as<F: InBf16, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Resul
                 write::<T, _>(out, |out| kernels::unpack_index(format, shape[1], index, out))
             })???;
         }
-        _ if !kernels::fits(format, shape[1]) => return Ok(false),
+        Op::Product { x: rows, .. } | Op::ProductTransposed { g: rows, .. }
+            if !kernels::fits::<F, T>(format, shape[1], rows.size2()?.0 as usize) =>
+        {
+            return Ok(false);
+        }
         Op::Product { x, y } => {
             read::<T, _>(x, |x| write::<T, _>(y, |y| kernels::product(format, shape, x, y)))???;
         }
@@ -314,16 +323,59 @@ pub(super) mod tests {
                         assert!(run(packed.as_ref(), Op::Product { x: &x, y: &mut y }).unwrap(), "{what}");
                         let op = Op::ProductTransposed { g: &g, dx: &mut dx };
                         assert!(run(packed.as_ref(), op).unwrap(), "{what}");
-                        for (found, a, b) in [(y, x, dense.tr()), (dx, g, dense.shallow_clone())] {
-                            let a = a.to_kind(Kind::Double);
-                            let (expected, magnitude) = (a.mm(&b), a.abs().mm(&b.abs()));
-                            // The rounding of f32 sums, and of the result.
-                            let result = if x_kind == Kind::Float { 0.0 } else { 0.5f64.powi(8) };
-                            let bound = magnitude * (shape[1].max(shape[0]) as f64 * 0.5f64.powi(24));
-                            let bound = bound + expected.abs() * result + 1e-30;
-                            let within = (found.to_kind(Kind::Double) - expected).abs().le_tensor(&bound).all();
-                            assert!(i64::try_from(within).unwrap() == 1, "{what}");
-                        }
+                        multiplied(&y, &x, &dense.tr(), &what);
+                        multiplied(&dx, &g, &dense, &what);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Asserts `|found − a · b| ≤ (inner + 4) · 2⁻²⁴ · |a| · |b|`, and the rounding of the result.
+    fn multiplied(found: &Tensor, a: &Tensor, b: &Tensor, what: &str) {
+        let (kind, a, b) = (found.kind(), a.to_kind(Kind::Double), b.to_kind(Kind::Double));
+        let (expected, magnitude) = (a.mm(&b), a.abs().mm(&b.abs()));
+        let result = if kind == Kind::Float { 0.0 } else { 0.5f64.powi(8) };
+        let bound = magnitude * ((b.size()[0] + 4) as f64 * 0.5f64.powi(24)) + expected.abs() * result + 1e-30;
+        let within = (found.to_kind(Kind::Double) - expected).abs().le_tensor(&bound).all();
+        assert!(i64::try_from(within).unwrap() == 1, "{what}");
+    }
+
+    // Tiles, strips, parts and rows that don't divide; libtorch's own products use the registers in between.
+    #[test]
+    fn many_rows_of_bf16_multiply() {
+        let kind = Kind::BFloat16;
+        let libtorch = weight([256, 256], kind);
+        let square = libtorch.mm(&libtorch);
+        for shape in [[70, 256], [33, 512], [301, 1152]] {
+            let [out, inn] = shape;
+            for packed in packed(shape, kind) {
+                let scheme = packed.scheme().unwrap();
+                let dense = packed.dequantize(kind).unwrap();
+                for n in [9, 33, 530] {
+                    let what = format!("{scheme} {shape:?}, {n} rows");
+                    let random = |columns| Tensor::randn([n, columns], (Kind::Float, Device::Cpu)).to_kind(kind);
+                    let (x, g) = (random(inn), random(out));
+                    let mut y = Tensor::full([n, out], f64::NAN, (kind, Device::Cpu));
+                    let mut dx = Tensor::full([n, inn], f64::NAN, (kind, Device::Cpu));
+                    let served = run(packed.as_ref(), Op::Product { x: &x, y: &mut y }).unwrap();
+                    same(&libtorch.mm(&libtorch), &square, "libtorch's product");
+                    let op = Op::ProductTransposed { g: &g, dx: &mut dx };
+                    assert_eq!(run(packed.as_ref(), op).unwrap(), served, "{what}");
+                    let narrow = matches!(
+                        scheme,
+                        Scheme::Nf4 { block_size: 32, .. }
+                            | Scheme::Fp4 { block_size: 32, .. }
+                            | Scheme::Int4 { group_size: 32, .. }
+                            | Scheme::Int2 { group_size: 32, .. }
+                    );
+                    let divides =
+                        !matches!(scheme, Scheme::Nf4 { block_size: 256, .. } | Scheme::Fp4 { block_size: 256, .. })
+                            || inn % 256 == 0;
+                    assert_eq!(served, n <= 16 && divides || multiplies_many(kind) && divides && !narrow, "{what}");
+                    if served {
+                        multiplied(&y, &x, &dense.tr(), &what);
+                        multiplied(&dx, &g, &dense, &what);
                     }
                 }
             }

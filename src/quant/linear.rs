@@ -5,7 +5,7 @@
 //! would keep every dequantised weight alive until the backward pass.
 
 use super::op::{self, Op};
-use super::{LinearMap, PackedWeight, gemm, tiles};
+use super::{LinearMap, PackedWeight, cpu, gemm, tiles};
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
 use crate::ffi::runtime::autocast_kind;
@@ -32,10 +32,14 @@ const FEW_OF_16_BITS: i64 = 8;
 /// [`gemm::product_kind`] is f32: casting the weight would take longer.
 const FEW_OF_DENSE: i64 = 2;
 
-/// [`FEW`] for x · Wᵀ.
-fn few(kind: Kind, device: Device) -> i64 {
-    // A card's kernels are bound by its memory up to the same number in any dtype.
-    if kind == Kind::Float || device != Device::Cpu { FEW } else { FEW_OF_16_BITS }
+/// Rows up to which the kernels multiply: g · W if `transposed`, else x · Wᵀ.
+fn few(kind: Kind, device: Device, transposed: bool) -> i64 {
+    match device {
+        Device::Cpu if cpu::multiplies_many(kind) => i64::MAX,
+        Device::Cpu if kind != Kind::Float && !transposed => FEW_OF_16_BITS,
+        // A card's kernels are bound by its memory up to the same number in any dtype.
+        _ => FEW,
+    }
 }
 
 /// x · Wᵀ (+ bias): x (n, in), result (n, out), in the dtype of x.
@@ -55,7 +59,7 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
         None => Ok(y),
     };
     let mut y = Tensor::f_empty([n, out], (kind, x.device()))?;
-    if n <= few(kind, x.device()) && op::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
+    if n <= few(kind, x.device(), false) && op::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
         return add(y);
     }
     if wide != kind {
@@ -85,7 +89,9 @@ pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Resul
     }
     let n = g.size2()?.0;
     let mut dx = Tensor::f_empty([n, inn], (kind, g.device()))?;
-    if n <= FEW && op::run(weight, Op::ProductTransposed { g: &g.f_contiguous()?, dx: &mut dx })? {
+    if n <= few(kind, g.device(), true)
+        && op::run(weight, Op::ProductTransposed { g: &g.f_contiguous()?, dx: &mut dx })?
+    {
         return Ok(dx);
     }
     if wide != kind {

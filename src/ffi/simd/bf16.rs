@@ -27,6 +27,7 @@ pub(crate) trait DotBf16: Copy + Send + Sync + 'static {
 
     fn simd(self) -> Self::S;
     fn load(self, from: &[bf16; 2 * LANES]) -> Self::P;
+    fn store(self, p: Self::P, to: &mut [bf16; 2 * LANES]);
     /// The same two numbers sixteen times.
     fn splat(self, pair: [bf16; 2]) -> Self::P;
     /// `c[i] + a[2 i] · b[2 i] + a[2 i + 1] · b[2 i + 1]`.
@@ -44,6 +45,12 @@ pub(crate) trait DotBf16: Copy + Send + Sync + 'static {
     /// Pairs `a[i], b[i]`: place `j` of answer `k` holds that of
     /// `i = 8 (j / 4) + 4 k + j % 4`.
     fn interleave(self, a: Self::P, b: Self::P) -> [Self::P; 2];
+    /// The elements at these places of the two, the second one's from 32 on.
+    fn shuffle(self, from: [Self::P; 2], places: &[u16; 2 * LANES]) -> Self::P;
+    /// Sixteen rows of sixteen values as columns.
+    fn transpose(self, rows: &[[f32; LANES]; LANES]) -> [<Self::S as Simd>::V; LANES];
+    /// The same of pairs of bf16.
+    fn transpose_pairs(self, rows: &[Self::P; LANES]) -> [Self::P; LANES];
 }
 
 /// A computation that is compiled for such an instruction set; see
@@ -119,6 +126,12 @@ impl DotBf16 for Avx512Bf16 {
     }
 
     #[inline(always)]
+    fn store(self, p: __m512i, to: &mut [bf16; 2 * LANES]) {
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), p) }
+    }
+
+    #[inline(always)]
     fn splat(self, [a, b]: [bf16; 2]) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_set1_epi32(i32::from(a.to_bits()) | i32::from(b.to_bits()) << 16) }
@@ -171,5 +184,62 @@ impl DotBf16 for Avx512Bf16 {
     fn interleave(self, a: __m512i, b: __m512i) -> [__m512i; 2] {
         // SAFETY: see above.
         unsafe { [_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)] }
+    }
+
+    #[inline(always)]
+    fn shuffle(self, [a, b]: [__m512i; 2], places: &[u16; 2 * LANES]) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_permutex2var_epi16(a, _mm512_loadu_si512(places.as_ptr().cast()), b) }
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: &[[f32; LANES]; LANES]) -> [__m512; LANES] {
+        let mut values = [self.0.splat(0.0); LANES];
+        for i in 0..LANES {
+            values[i] = self.0.load(&rows[i]);
+        }
+        transpose(&values)
+    }
+
+    #[inline(always)]
+    fn transpose_pairs(self, rows: &[__m512i; LANES]) -> [__m512i; LANES] {
+        // SAFETY: all are 64 bytes of any value.
+        unsafe { std::mem::transmute(transpose(&std::mem::transmute::<[__m512i; LANES], [__m512; LANES]>(*rows))) }
+    }
+}
+
+/// Sixteen rows as columns: within 128 bits first, then these.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn transpose(rows: &[__m512; LANES]) -> [__m512; LANES] {
+    // SAFETY: called where an `Avx512Bf16` is.
+    unsafe {
+        let zero = _mm512_setzero_ps();
+        let (mut pairs, mut fours, mut columns) = ([zero; LANES], [zero; LANES], [zero; LANES]);
+        for i in 0..8 {
+            pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+            pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+        }
+        for i in 0..4 {
+            for half in 0..2 {
+                let a = _mm512_castps_pd(pairs[4 * i + half]);
+                let b = _mm512_castps_pd(pairs[4 * i + half + 2]);
+                fours[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                fours[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            }
+        }
+        // Of each four, 128 bits `l` hold column `4 l + c` of four rows.
+        const EVEN: i32 = 0x88;
+        const ODD: i32 = 0xdd;
+        for c in 0..4 {
+            let (a, b) = ([fours[c], fours[4 + c]], [fours[8 + c], fours[12 + c]]);
+            let even = [_mm512_shuffle_f32x4::<EVEN>(a[0], a[1]), _mm512_shuffle_f32x4::<EVEN>(b[0], b[1])];
+            let odd = [_mm512_shuffle_f32x4::<ODD>(a[0], a[1]), _mm512_shuffle_f32x4::<ODD>(b[0], b[1])];
+            columns[c] = _mm512_shuffle_f32x4::<EVEN>(even[0], even[1]);
+            columns[4 + c] = _mm512_shuffle_f32x4::<EVEN>(odd[0], odd[1]);
+            columns[8 + c] = _mm512_shuffle_f32x4::<ODD>(even[0], even[1]);
+            columns[12 + c] = _mm512_shuffle_f32x4::<ODD>(odd[0], odd[1]);
+        }
+        columns
     }
 }

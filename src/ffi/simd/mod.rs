@@ -8,6 +8,7 @@
 //! Every method but [`Simd::mul_add`] and [`Simd::sum`] gives the same bits on
 //! every instruction set.
 
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -18,6 +19,7 @@ mod neon;
 mod packing;
 mod portable;
 
+pub(crate) use amx::{Amx, Registers, Sums, TILE, Tile};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]

@@ -19,10 +19,12 @@ pub(crate) trait Float: Plain {
     fn words(values: &mut [Self]) -> Option<&mut [u16]>;
     /// The same values, of bf16.
     fn as_bf16(values: &[Self]) -> Option<&[bf16]>;
+    /// The same, to write to.
+    fn as_bf16_mut(values: &mut [Self]) -> Option<&mut [bf16]>;
 }
 
 macro_rules! float {
-    ($($t:ty: $dtype:ident, $from:expr, $to:expr, $load:ident, $store:ident, $pair:expr, $words:expr, $bf16:expr);*) => { $(impl Float for $t {
+    ($($t:ty: $dtype:ident, $from:expr, $to:expr, $load:ident, $store:ident, $pair:expr, $words:expr, $bf16:expr, $bf16_mut:expr);*) => { $(impl Float for $t {
         const DTYPE: Dtype = Dtype::$dtype;
 
         #[inline(always)]
@@ -59,12 +61,17 @@ macro_rules! float {
         fn as_bf16(values: &[Self]) -> Option<&[bf16]> {
             $bf16(values)
         }
+
+        #[inline(always)]
+        fn as_bf16_mut(values: &mut [Self]) -> Option<&mut [bf16]> {
+            $bf16_mut(values)
+        }
     })* };
 }
 float! {
-    f32: F32, |v| v, |v| v, load, store, store_both, |_| None, |_| None;
-    bf16: Bf16, bf16::from_f32, bf16::to_f32, load_bf16, store_bf16, Simd::store_bf16_pair, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values)), Some;
-    f16: F16, f16::from_f32, f16::to_f32, load_f16, store_f16, store_both, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values)), |_| None
+    f32: F32, |v| v, |v| v, load, store, store_both, |_| None, |_| None, |_| None;
+    bf16: Bf16, bf16::from_f32, bf16::to_f32, load_bf16, store_bf16, Simd::store_bf16_pair, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values)), Some, Some;
+    f16: F16, f16::from_f32, f16::to_f32, load_f16, store_f16, store_both, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values)), |_| None, |_| None
 }
 
 #[inline(always)]

@@ -1,5 +1,5 @@
-//! CPU kernels over plain slices: unpacking, products with few rows, and
-//! [`packing`].
+//! CPU kernels over plain slices: unpacking, products (with few rows, and with
+//! many of bf16 where the processor has tile registers), and [`packing`].
 //!
 //! A [`Format`] says how bytes become values; the kernels are written once for
 //! all formats and compiled for each instruction set (`ffi::simd`). They know
@@ -9,13 +9,15 @@
 //! Unpacked values are the same bits on every instruction set. Sums are in f32;
 //! their order is that of the instruction set, so that products agree within
 //! the rounding of an f32 sum: at most `in · 2⁻²⁴` of `Σ |x · w|`. Where a
-//! processor multiplies bf16 (`few_bf16`), subnormal ones count as zero.
+//! processor multiplies bf16 (`few_bf16`, `many_bf16`), subnormal ones count as
+//! zero.
 
 mod few;
 mod few_bf16;
 mod float;
 mod formats;
 mod in_bf16;
+mod many_bf16;
 mod nibbles;
 pub(crate) mod packing;
 mod unpack;
@@ -27,11 +29,23 @@ pub(crate) use nibbles::{Powers, Zeros, power};
 pub(crate) use unpack::{Tile, unpack, unpack_index};
 
 use crate::error::Result;
+use crate::ffi::simd::Amx;
+
+/// Rows beyond which products are for many.
+pub(crate) const FEW: usize = 16;
+
+/// Rows up to which tile registers gain nothing.
+const TOO_FEW_FOR_TILES: usize = 8;
 
 /// Whether [`product`] and [`product_transposed`] can do a weight with rows of
-/// `inn` elements.
-pub(crate) fn fits<F: Format>(format: &F, inn: usize) -> bool {
-    few::fits(format, inn)
+/// `inn` elements, times so many rows.
+pub(crate) fn fits<F: InBf16, T: Float>(format: &F, inn: usize, rows: usize) -> bool {
+    rows <= FEW && few::fits(format, inn) || T::DTYPE == Dtype::Bf16 && many_bf16::fits(format, inn).is_some()
+}
+
+/// Whether the kernels do better than libtorch with any number of rows of this dtype.
+pub(crate) fn multiply_many(dtype: Dtype) -> bool {
+    dtype == Dtype::Bf16 && Amx::detect().is_some()
 }
 
 /// Calls a kernel for 8, 4, 2 or 1 rows at a time.
@@ -61,6 +75,11 @@ macro_rules! by_rows {
 
 /// y = x · Wᵀ: x (n, in), y (n, out), row-major, of a weight that [`fits`].
 pub(crate) fn product<F: InBf16, T: Float>(format: &F, shape: [usize; 2], x: &[T], y: &mut [T]) -> Result<()> {
+    if let (Some(x), Some(y), Some(amx)) = (T::as_bf16(x), T::as_bf16_mut(y), many_bf16::fits(format, shape[1]))
+        && x.len() > TOO_FEW_FOR_TILES * shape[1]
+    {
+        return many_bf16::product(amx, format, shape, x, y);
+    }
     match T::as_bf16(x) {
         Some(x) if few_bf16::fits(format, shape[1]) => {
             by_rows!(few_bf16::product, format, shape, x, shape[1], y, shape[0])
@@ -76,6 +95,11 @@ pub(crate) fn product_transposed<F: InBf16, T: Float>(
     g: &[T],
     dx: &mut [T],
 ) -> Result<()> {
+    if let (Some(g), Some(dx), Some(amx)) = (T::as_bf16(g), T::as_bf16_mut(dx), many_bf16::fits(format, shape[1]))
+        && g.len() > TOO_FEW_FOR_TILES * shape[0]
+    {
+        return many_bf16::product_transposed(amx, format, shape, g, dx);
+    }
     match T::as_bf16(g) {
         Some(g) if few_bf16::fits(format, shape[1]) => {
             by_rows!(few_bf16::product_transposed, format, shape, g, shape[0], dx, shape[1])
