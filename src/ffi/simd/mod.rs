@@ -19,7 +19,7 @@ mod neon;
 mod packing;
 mod portable;
 
-pub(crate) use amx::{Amx, Registers, Sums, TILE, Tile};
+pub(crate) use amx::{Amx, Sums, TILE, Tile};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]

@@ -73,23 +73,25 @@ pub(super) fn product<F: InBf16>(
         let x = &Side::new(rows, inn, |strip, i, tiles| {
             let (row, column) = ((i * TILE).min(rows), strip * STRIP * DEPTH);
             let x = &x[row * inn..(row + TILE).min(rows) * inn];
-            dispatch_bf16(Columnwise { format, x, inn, column, tiles });
+            dispatch_bf16(Columnwise { place: F::place, x, inn, column, tiles });
         })?;
-        for_each_columns(y, out, part(out), |i, y| {
-            dispatch_bf16(Product { amx, format, inn, first: i * part(out), x, rows, y });
+        let part = part(out);
+        for_each_columns(y, out, part, |i, y| {
+            dispatch_bf16(Product { amx, format, inn, first: i * part, x, rows, y });
         })?;
     }
     Ok(())
 }
 
-/// Rows or columns that a thread takes at a time, of so many: what it sums doesn't depend on it.
+/// Rows or columns that a thread takes at a time, of so many; no sum depends on it.
 fn part(len: usize) -> usize {
     len.div_ceil(threads()).next_multiple_of(QUAD).min(PART)
 }
 
 /// Makes tiles of up to sixteen rows of x, the right side of a product, in the format's order.
-struct Columnwise<'a, F> {
-    format: &'a F,
+struct Columnwise<'a> {
+    /// The format's.
+    place: fn(usize, usize) -> usize,
     x: &'a [bf16],
     inn: usize,
     /// Where the strip begins.
@@ -97,13 +99,13 @@ struct Columnwise<'a, F> {
     tiles: &'a mut [Tile],
 }
 
-impl<F: InBf16> Bf16Kernel for Columnwise<'_, F> {
+impl Bf16Kernel for Columnwise<'_> {
     #[inline(always)]
     fn run<D: DotBf16>(self, d: D) {
         let mut places = [[0; DEPTH]; 2];
         for k in 0..2 {
             for i in 0..DEPTH {
-                places[k][i] = F::place(k, i) as u16;
+                places[k][i] = (self.place)(k, i) as u16;
             }
         }
         let len = (self.inn - self.column).min(self.tiles.len() * DEPTH);
@@ -221,8 +223,9 @@ pub(super) fn product_transposed<F: InBf16>(
                 }
             }
         })?;
-        for_each_columns(dx, inn, part(inn), |i, dx| {
-            dispatch_bf16(Transposed { amx, format, shape: [out, inn], first: i * part(inn), g, rows, dx });
+        let part = part(inn);
+        for_each_columns(dx, inn, part, |i, dx| {
+            dispatch_bf16(Transposed { amx, format, shape: [out, inn], first: i * part, g, rows, dx });
         })?;
     }
     Ok(())
