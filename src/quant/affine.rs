@@ -118,7 +118,8 @@ impl Affine {
             [Tensor::f_empty([groups, 1], (kind, device))?, Tensor::f_empty([groups, 1], (kind, device))?];
         tiles::for_each(groups, size, |start, count| {
             let tile = weight.f_narrow(0, start, count)?;
-            let (low, high) = (tile.f_amin([1], true)?, tile.f_amax([1], true)?);
+            // Which of two zeros is found depends on the order: it is the one without a sign.
+            let (low, high) = (tile.f_amin([1], true)?.f_add_scalar_(0.0)?, tile.f_amax([1], true)?);
             let mut step = high.f_sub(&low)?.f_div_scalar(layout.top())?;
             let mut offset = low.f_neg()?;
             if search {

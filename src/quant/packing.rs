@@ -163,6 +163,9 @@ pub(in crate::quant) mod tests {
             if shape[0] > 2 {
                 let _ = values.get(0).fill_(0.0);
                 let _ = values.get(1).fill_(-0.3);
+                // Zeros of both signs, and nothing below.
+                let signs = Tensor::from_slice(&[-0.0f32, 1.0, 0.0]).repeat([shape[1]]).narrow(0, 0, shape[1]);
+                let _ = values.get(2).abs_().f_mul_(&signs).unwrap();
             }
             // Finite in f16 too, as weights are.
             weights.extend([1.0, 1e-6, 1e3].map(|scale| (&values * scale).clamp(-6e4, 6e4).to_kind(kind)));

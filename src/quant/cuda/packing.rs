@@ -151,7 +151,10 @@ mod tests {
     fn assert_same(found: &[Tensor], expected: &[Tensor], what: &str) {
         for (found, expected) in found.iter().zip(expected) {
             assert_eq!((found.size(), found.kind()), (expected.size(), expected.kind()), "{what}");
-            assert!(tensor_bytes(found).unwrap() == tensor_bytes(expected).unwrap(), "{what}: {found} instead of {expected}");
+            assert!(
+                tensor_bytes(found).unwrap() == tensor_bytes(expected).unwrap(),
+                "{what}: {found} instead of {expected}"
+            );
         }
     }
 
@@ -176,7 +179,7 @@ mod tests {
                 let grouped = weight.view([layout.groups, layout.size]);
                 let expected = packing::groups(&grouped, layout.for_kernel(false)).unwrap().unwrap();
                 let found = groups(on, &grouped, layout.for_kernel(false)).unwrap();
-                assert_same(&found, &expected, &format!("{} {}", what(&scheme.to_string()), weight));
+                assert_same(&found, &expected, &what(&scheme.to_string()));
             }
             let flat = weight.view([-1]);
             for (code, block) in [(&NF4, 64), (&FP4, 64), (&NF4, 256), (&FP4, 32)] {

@@ -278,7 +278,10 @@ impl<F: InBf16> Transposed<'_, F> {
         let ([out, inn], block) = (self.shape, self.format.block_len());
         let (tile, p) = (pair / TILE, pair % TILE);
         // A last row alone stands for two: the second is multiplied by a zero of g.
-        let at = [row, (row + 1).min(out - 1)].map(#[inline(always)] |row| row * inn + self.first + quad * QUAD);
+        let at = [row, (row + 1).min(out - 1)].map(
+            #[inline(always)]
+            |row| row * inn + self.first + quad * QUAD,
+        );
         let parts = [self.format.block_in_bf16(d, at[0] / block), self.format.block_in_bf16(d, at[1] / block)];
         let a = self.format.quad(d, &parts[0], at[0] % block / QUAD);
         let b = self.format.quad(d, &parts[1], at[1] % block / QUAD);
