@@ -4,6 +4,7 @@ use super::{CppString, check, guard, own, raw};
 use crate::error::Result;
 use std::ffi::{c_char, c_void};
 use std::marker::PhantomData;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
@@ -22,7 +23,8 @@ pub(crate) fn threads() -> usize {
 }
 
 /// Calls `f(i)` for `i` in `0..n` on libtorch's threads, as many as
-/// `tch::get_num_threads` says, each taking a run of neighbours.
+/// `tch::get_num_threads` says; a thread that is done takes the next `i`, so
+/// that none waits for a slower core.
 ///
 /// A second pool would compete with libtorch's own, whose idle threads spin.
 ///
@@ -53,9 +55,19 @@ pub(crate) fn parallel_for(n: usize, f: impl Fn(usize) + Sync) -> Result<()> {
             f(0);
             Ok(())
         }
-        // SAFETY: the closure is borrowed until all ranges are done, and the
-        // function fits its type.
-        _ => check(unsafe { tp_parallel_for(n, (&raw const f).cast_mut().cast(), of(&f)) }),
+        _ => {
+            let next = AtomicUsize::new(0);
+            let take = |_| {
+                let mut i = next.fetch_add(1, Ordering::Relaxed);
+                while i < n {
+                    f(i);
+                    i = next.fetch_add(1, Ordering::Relaxed);
+                }
+            };
+            // SAFETY: the closure is borrowed until all threads are done, and
+            // the function fits its type.
+            check(unsafe { tp_parallel_for(n.min(threads()), (&raw const take).cast_mut().cast(), of(&take)) })
+        }
     }
 }
 

@@ -22,8 +22,8 @@ const PART: usize = 256;
 const DEPTH: usize = 2 * TILE;
 /// Rows or columns that are multiplied together.
 const PAIR: usize = 2 * TILE;
-/// Tiles of a strip: those of two pairs fill two thirds of the first-level cache.
-const STRIP: usize = 8;
+/// Tiles of a strip along the sum; a pair of strips of W is 32 KiB.
+const STRIP: usize = 16;
 
 /// Sums of two tiles by two.
 type Square = [[Sums; 2]; 2];
