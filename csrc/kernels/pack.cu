@@ -140,9 +140,9 @@ KERNEL(pack_groups, GroupRows, 256) {
         high = larger(high, at(weight, i));
         low = larger(low, -at(weight, i));
       }
-      // The shift is the least value with the other sign. Which of two zeros is found depends on the order: the least
-      // is the one without a sign.
-      high = block_max(high, parts);
+      // The shift is the least value with the other sign. Which of two zeros is found depends on the order: it is the
+      // one without a sign.
+      high = 0.0f + block_max(high, parts);
       float shift = -(0.0f - block_max(low, parts));
       float step = rounded<W>(rounded<W>(high + shift) / top);
       float divisor = step != 0.0f ? step : 1.0f;

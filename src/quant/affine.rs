@@ -119,7 +119,7 @@ impl Affine {
         tiles::for_each(groups, size, |start, count| {
             let tile = weight.f_narrow(0, start, count)?;
             // Which of two zeros is found depends on the order: it is the one without a sign.
-            let (low, high) = (tile.f_amin([1], true)?.f_add_scalar_(0.0)?, tile.f_amax([1], true)?);
+            let (low, high) = (tile.f_amin([1], true)?.f_add_scalar(0.0)?, tile.f_amax([1], true)?.f_add_scalar(0.0)?);
             let mut step = high.f_sub(&low)?.f_div_scalar(layout.top())?;
             let mut offset = low.f_neg()?;
             if search {

@@ -161,7 +161,7 @@ pub(in crate::quant) mod tests {
             let values = Tensor::randn(shape, (Kind::Float, Device::Cpu));
             let values = values.f_mul(&values.f_gt(-1.0).unwrap()).unwrap().f_pow_tensor_scalar(3.0).unwrap();
             if shape[0] > 2 {
-                let _ = values.get(0).fill_(0.0);
+                let _ = values.get(0).fill_(-0.0);
                 let _ = values.get(1).fill_(-0.3);
                 // Zeros of both signs, and nothing below.
                 let signs = Tensor::from_slice(&[-0.0f32, 1.0, 0.0]).repeat([shape[1]]).narrow(0, 0, shape[1]);

@@ -5,6 +5,7 @@
 // in odd ones, so that results which depend on the order show. Included before
 // each source, by src/ffi/cuda/emulation.rs.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <math.h>
@@ -12,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #define __device__
@@ -27,15 +29,20 @@ struct Index {
 
 enum class State { Ready, AtWarp, AtBlock, Done };
 
+constexpr size_t STACK = 64 << 10;
+
+// Begun by its context, and gone on with by its jump: contexts ask the operating system at each change.
 struct Thread {
   ucontext_t context;
-  std::vector<char> stack;
+  jmp_buf jump;
+  std::unique_ptr<char[]> stack;
+  bool begun;
   State state;
 };
 
 inline Index grid, block_index, block_size;
 inline std::vector<Thread> threads;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline unsigned current;
 // What the lanes of each warp show each other.
 inline std::vector<uint64_t> shown;
@@ -50,12 +57,23 @@ inline const void* parameters;
 inline void start() {
   body(parameters);
   threads[current].state = State::Done;
+  _longjmp(scheduler, 1);
 }
 
 inline void wait(State at) {
-  unsigned self = current;
-  threads[self].state = at;
-  swapcontext(&threads[self].context, &scheduler);
+  Thread& self = threads[current];
+  self.state = at;
+  if (_setjmp(self.jump) == 0) _longjmp(scheduler, 1);
+}
+
+// Lets a thread go on until it waits or is done. Not inlined: a jump back into a function spoils its variables.
+[[gnu::noinline]] inline void go_on(unsigned thread) {
+  current = thread;
+  if (_setjmp(scheduler) != 0) return;
+  Thread& self = threads[current];
+  if (self.begun) _longjmp(self.jump, 1);
+  self.begun = true;
+  setcontext(&self.context);
 }
 
 // Lets the threads from `first` on go if none of them is still under way.
@@ -77,10 +95,10 @@ inline void run_block() {
   unsigned count = block_size.x;
   for (auto& thread : threads) {
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = thread.stack.size();
-    thread.context.uc_link = &scheduler;
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = STACK;
     makecontext(&thread.context, start, 0);
+    thread.begun = false;
     thread.state = State::Ready;
   }
   for (;;) {
@@ -88,8 +106,7 @@ inline void run_block() {
     for (unsigned n = 0; n < count; n++) {
       unsigned i = block_index.x % 2 ? count - 1 - n : n;
       if (threads[i].state == State::Ready) {
-        current = i;
-        swapcontext(&scheduler, &threads[i].context);
+        go_on(i);
         ran = true;
       }
       done = done && threads[i].state == State::Done;
@@ -110,7 +127,8 @@ inline void run(void (*kernel)(const void*), const void* with, unsigned x, unsig
   body = kernel;
   parameters = with;
   threads = std::vector<Thread>(count);
-  for (auto& thread : threads) thread.stack.resize(64 << 10);
+  // Not written to: most of it is never used.
+  for (auto& thread : threads) thread.stack.reset(new char[STACK]);
   shown.assign(count, 0);
   fragments.assign(count, {});
   for (block_index.y = 0; block_index.y < y; block_index.y++) {

@@ -212,7 +212,8 @@ def affine(name: str, weight: torch.Tensor, qtype, size: int, figures: dict) -> 
     group = quanto_group(weight.shape[1], size)
     grouped = weight.reshape(-1, group)
     scale = (grouped.amax(1, keepdim=True) - grouped.amin(1, keepdim=True)) / (2**qtype.bits - 1)
-    shift = -grouped.amin(1, keepdim=True)
+    # Which of two zeros is the least depends on the order: it is the one without a sign.
+    shift = -(grouped.amin(1, keepdim=True) + 0.0)
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     codes = torch.round((grouped + shift) / safe).clamp(0, 2**qtype.bits - 1).to(torch.uint8)
     value = scale * codes - shift
@@ -228,7 +229,7 @@ def affine(name: str, weight: torch.Tensor, qtype, size: int, figures: dict) -> 
         group_size = None if group == weight.shape[1] else group
         peers_scale, peers_shift = MaxOptimizer()(weight, qtype, axis=0, group_size=group_size)
         peers = quantize_weight(weight, qtype, 0, peers_scale, peers_shift, group_size, optimized=False)
-        assert same_bits(peers_scale, scale) and same_bits(peers_shift, shift), f"{name}: scales"
+        assert same_bits(peers_scale, scale) and same_bits(peers_shift + 0.0, shift + 0.0), f"{name}: scales"
         used = (scale != 0).squeeze(1)
         theirs = peers._data.unpack().reshape(-1, group)
         assert torch.equal(theirs[used], codes[used]), f"{name}: codes"

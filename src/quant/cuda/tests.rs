@@ -7,6 +7,8 @@ use crate::ffi::cuda::nvrtc::{Nvrtc, assert_compiles};
 use crate::ffi::cuda::{Failed, or_operators};
 use crate::quant::Scheme;
 use crate::quant::cpu::tests::{packed, same, unpacks_the_same_bits};
+use rayon::prelude::*;
+use std::collections::HashSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tch::Device;
@@ -48,7 +50,7 @@ fn assert_product(found: &Tensor, a: &Tensor, b: &Tensor, what: &str) {
 }
 
 /// Fewer and more rows than a product takes at a time.
-const ROWS: [i64; 6] = [1, 2, 7, 8, 9, 16];
+const ROWS: [i64; 4] = [1, 7, 9, 16];
 
 /// Both directions of a product with every scheme, in these shapes.
 fn few_rows_multiply(shapes: &[([i64; 2], Kind)], rows: &[i64]) {
@@ -58,7 +60,7 @@ fn few_rows_multiply(shapes: &[([i64; 2], Kind)], rows: &[i64]) {
             let scheme = packed.scheme().unwrap();
             let dense = packed.dequantize(Kind::Float).unwrap().to_kind(Kind::Double);
             for &n in rows {
-                for x_kind in [Kind::Float, Kind::BFloat16, kind] {
+                for x_kind in HashSet::from([Kind::Float, Kind::BFloat16, kind]) {
                     let what = format!("{scheme} {kind:?} {shape:?}, {n} rows of {x_kind:?}");
                     let random = |columns| Tensor::randn([n, columns], (Kind::Float, Device::Cpu)).to_kind(x_kind);
                     let none = |columns| Tensor::full([n, columns], f64::NAN, (x_kind, Device::Cpu));
@@ -123,7 +125,7 @@ fn programs() -> Vec<Program> {
             }
         }
     }
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     programs.retain(|program| seen.insert(program.clone()));
     programs
 }
@@ -134,14 +136,14 @@ fn programs() -> Vec<Program> {
 fn programs_compile_without_warnings_or_spills() {
     let programs = programs();
     assert!(programs.len() > 225, "{}", programs.len());
-    for program in &programs {
+    programs.par_iter().for_each(|program| {
         let common = program.macros.contains(&("W", "bf16")) && program.macros.contains(&("T", "bf16"));
         for capability in [80, 90, 120] {
             if capability == 80 || common {
                 assert_compiles(program, capability);
             }
         }
-    }
+    });
     // A mistake is told.
     let mut wrong = programs[0].clone();
     wrong.macros.retain(|(name, _)| *name != "FORMAT");

@@ -90,7 +90,7 @@ fn first_guess<S: Simd, T: Float>(s: S, group: &[T], top: f32) -> (f32, f32) {
         (low, high) = (s.min(values, low), s.max(values, high));
     }
     // Which of two zeros is found depends on the order: it is the one without a sign.
-    let (low, high) = (smallest(s, low) + 0.0, largest(s, high));
+    let (low, high) = (smallest(s, low) + 0.0, largest(s, high) + 0.0);
     (T::DTYPE.round_one(T::DTYPE.round_one(high - low) / top), -low)
 }
 
