@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use common::{assert_close, assert_differs, device, peer, python, read, relative_error, rng};
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use tch_peft::{Base, Error, LoraConfig, LoraModel, QuantConfig, TorchScript};
 
 const ITERATIONS: usize = 6;
@@ -41,7 +41,12 @@ impl Run {
     }
 
     fn tolerance(&self) -> f64 {
-        if self.text("kind") == "bf16" { 2e-2 } else { 1e-5 }
+        match (self.text("kind"), device()) {
+            ("bf16", Device::Cpu) => 2e-2,
+            // PyTorch's run was on the CPU: bf16 is rounded in other places.
+            ("bf16", _) => 3e-2,
+            _ => 1e-5,
+        }
     }
 
     fn base(&self) -> Base<TorchScript> {
@@ -196,11 +201,19 @@ fn every_export_runs_in_every_dtype() {
             let inputs = record["inputs"].as_array().unwrap().iter();
             let inputs: Vec<_> = inputs
                 .map(|input| &answers[&format!("torch.{dtype}.in.{}", input["name"].as_str().unwrap())])
+                .map(|input| input.to_device(device()))
                 .collect();
             let output = tch::no_grad(|| model.module().forward_ts(&inputs).unwrap());
             let expected = &answers[&format!("torch.{dtype}.output")];
             let what = format!("{}: {dtype}", folder.display());
             assert_eq!(output.kind(), expected.kind(), "{what}");
+            // PyTorch's answer is the CPU's: elsewhere 16 bits are rounded in other places, and functions that a
+            // model asks f32 for, whatever its dtype, differ by their last bit.
+            let tolerance = match (device(), kind) {
+                (Device::Cpu, _) => tolerance,
+                (_, Kind::Half | Kind::BFloat16) => 2.0 * tolerance,
+                _ => 1e-6,
+            };
             assert_close(&what, &output, expected, tolerance);
         }
         models += 1;

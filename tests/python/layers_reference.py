@@ -92,6 +92,10 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.randn(3, *down) * 0.2)
         self.router = nn.Linear(64, 3)
 
+        if form == "index":
+            # A trace would keep a tensor made on the way where it was made.
+            self.register_buffer("chosen", torch.tensor([2, 0, 1, 2]), persistent=False)
+
     def forward(self, x):
         shares = self.router(x).softmax(-1)
         rows = x.flatten(0, 1)
@@ -113,9 +117,8 @@ class Experts(nn.Module):
             hidden = torch.einsum("ni,eoi->eno", rows, self.gate_up)
             y = mix(hidden, lambda h: torch.einsum("eni,eoi->eno", h, self.down))
         elif self.form == "index":
-            chosen = torch.tensor([2, 0, 1, 2])
-            hidden = torch.bmm(rows.expand(4, -1, -1), self.gate_up.index_select(0, chosen).transpose(1, 2))
-            y = mix(hidden, lambda h: torch.bmm(h, self.down[chosen].transpose(1, 2)))[1:].roll(1, 0)
+            hidden = torch.bmm(rows.expand(4, -1, -1), self.gate_up.index_select(0, self.chosen).transpose(1, 2))
+            y = mix(hidden, lambda h: torch.bmm(h, self.down[self.chosen].transpose(1, 2)))[1:].roll(1, 0)
         elif self.form == "transposed":
             y = torch.stack([mix(rows @ self.gate_up[e], lambda h: h.matmul(self.down[e])) for e in range(3)])
         else:

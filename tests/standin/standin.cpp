@@ -308,7 +308,7 @@ TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFun
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   // For these, libtorch has one kernel for all devices, which looks for the device's own further down.
-  for (auto name : {"copy_", "convolution_overrideable", "convolution", "convolution_backward"})
+  for (auto name : {"copy_", "convolution_overrideable", "convolution", "_convolution", "convolution_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&call>());
   m.impl("_fused_sdp_choice", torch::CppFunction::makeFromBoxedFunction<&choose_sdp>());
 }
