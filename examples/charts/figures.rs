@@ -28,6 +28,7 @@ pub struct Figures {
     pub linear: Vec<Row>,
     /// The same, on another processor.
     pub linear_amd: Vec<Row>,
+    pub linear_amx: Vec<Row>,
     /// `layer,rows,megabytes,dense_megabytes`
     pub memory: Vec<Row>,
     /// `case,tch_peft,peft`, in milliseconds
@@ -46,6 +47,7 @@ impl Figures {
             quantization: file("quantization.csv")?,
             linear: file("linear.csv")?,
             linear_amd: file("linear_amd.csv")?,
+            linear_amx: file("linear_amx.csv")?,
             memory: file("memory.csv")?,
             lora: file("lora.csv")?,
         })

@@ -101,6 +101,7 @@ struct Columnwise<'a> {
 
 impl Bf16Kernel for Columnwise<'_> {
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
     fn run<D: DotBf16>(self, d: D) {
         let mut places = [[0; DEPTH]; 2];
         for k in 0..2 {
@@ -184,6 +185,7 @@ impl<F: InBf16> Product<'_, F> {
 
     /// Writes the sums, which are yᵀ.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
     fn finish<D: DotBf16>(&mut self, d: D, sums: &[Square]) {
         for (i, sums) in sums.chunks_exact(self.x.pairs).enumerate() {
             for (j, square) in sums.iter().enumerate() {
@@ -294,6 +296,7 @@ impl<F: InBf16> Transposed<'_, F> {
 
     /// Writes the sums, with their columns in order again.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
     fn finish<D: DotBf16>(&mut self, d: D, sums: &[[Square; 2]]) {
         let s = d.simd();
         let mut places = [[0u16; DEPTH]; 2];
