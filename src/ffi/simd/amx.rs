@@ -4,6 +4,8 @@
 //! Facts: Intel's Architecture Instruction Set Extensions reference, "Intel
 //! AMX". Sums are in f32; subnormal numbers count as zero.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::multiplies_bf16;
 use half::bf16;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
@@ -50,7 +52,8 @@ impl Amx {
     }
 }
 
-/// Linux gives the registers, for which signal stacks must have room, to processes that ask.
+/// Linux gives the registers, for which signal stacks must have room, to processes that ask. What fills them is
+/// compiled for [`DotBf16`](super::DotBf16), which a virtual machine may lack all the same.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn allowed() -> bool {
     const TILES: libc::c_long = 18;
@@ -60,7 +63,7 @@ fn allowed() -> bool {
     let features = unsafe { std::arch::x86_64::__cpuid_count(7, 0) }.edx;
     let [bf16, tile] = [22, 24].map(|bit| features >> bit & 1 == 1);
     // SAFETY: the request changes what this process may do, and no memory.
-    bf16 && tile && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILES) } == 0
+    bf16 && tile && multiplies_bf16() && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILES) } == 0
 }
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
