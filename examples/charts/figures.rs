@@ -28,6 +28,7 @@ pub struct Figures {
     pub linear: Vec<Row>,
     /// The same, on another processor.
     pub linear_amd: Vec<Row>,
+    /// Of bf16 in tile registers (AMX).
     pub linear_amx: Vec<Row>,
     /// `layer,rows,megabytes,dense_megabytes`
     pub memory: Vec<Row>,
