@@ -1,6 +1,6 @@
 //! A TorchScript module as a base.
 
-use super::{WeightRole, Weights};
+use super::{Base, WeightRole, Weights};
 use crate::error::{Error, Result};
 use crate::ffi::runtime::{self, ModuleType, PlainGraphs};
 use std::borrow::Borrow;
@@ -30,8 +30,76 @@ pub struct TorchScript {
     module: CModule,
 }
 
+impl Base<TorchScript> {
+    /// A module that PyTorch exported with `torch.jit.script` or
+    /// `torch.jit.trace`, loaded on the CPU.
+    ///
+    /// Names are PyTorch's, with dots: `model.layers.0.self_attn.q_proj.weight`.
+    ///
+    /// ```no_run
+    /// use tch::{Kind, Tensor};
+    /// use tch_peft::{Base, LoraConfig, LoraModel};
+    ///
+    /// // python python/export.py --from path/to/gpt2 --out exported/gpt2
+    /// let base = Base::torchscript("exported/gpt2/model.pt")?;
+    /// let config = LoraConfig::builder().target_modules(["c_attn"]).fan_in_fan_out(true).build()?;
+    /// let model = LoraModel::wrap(base, config)?;
+    /// // One input through `forward`, several through the module itself.
+    /// let ids = Tensor::from_slice(&[50256i64, 11]).unsqueeze(0);
+    /// let mask = Tensor::ones([1, 2], (Kind::Int64, ids.device()));
+    /// let logits = model.module().forward_ts(&[ids, mask])?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::NoParameters`](crate::Error::NoParameters) for a module saved
+    /// after `torch.jit.freeze`; libtorch's for a file that it can't read.
+    pub fn torchscript(path: impl AsRef<Path>) -> Result<Self> {
+        Self::torchscript_on_device(path, Device::Cpu)
+    }
+
+    /// As [`Base::torchscript`], on a device.
+    ///
+    /// # Errors
+    /// As [`Base::torchscript`].
+    pub fn torchscript_on_device(path: impl AsRef<Path>, device: Device) -> Result<Self> {
+        Self::load_torchscript(path.as_ref(), device, None)
+    }
+
+    /// As [`Base::torchscript`], on a device, with all parameters and buffers of
+    /// floats cast to a dtype, as `module.to(device, dtype)` does in PyTorch.
+    ///
+    /// What `python/export.py` writes follows both. A plain trace may have made
+    /// constants of its own device and dtype.
+    ///
+    /// ```no_run
+    /// use tch::{Device, Kind};
+    /// use tch_peft::Base;
+    ///
+    /// let device = Device::cuda_if_available();
+    /// let base = Base::torchscript_to("exported/gpt2/model.pt", device, Kind::BFloat16)?;
+    /// # Ok::<(), tch_peft::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Base::torchscript`]; [`Error::Config`](crate::Error::Config) for a
+    /// dtype other than `Float`, `Double`, `Half` and `BFloat16`.
+    pub fn torchscript_to(path: impl AsRef<Path>, device: Device, kind: Kind) -> Result<Self> {
+        if !matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
+            return Err(Error::config("kind", "Float, Double, Half or BFloat16", format!("{kind:?}")));
+        }
+        Self::load_torchscript(path.as_ref(), device, Some(kind))
+    }
+
+    fn load_torchscript(path: &Path, device: Device, kind: Option<Kind>) -> Result<Self> {
+        let module = TorchScript::load(path, device, kind)?;
+        let weights = module.weights(path)?;
+        Ok(Base::from_parts(module, weights))
+    }
+}
+
 impl TorchScript {
-    pub(super) fn load(path: &Path, device: Device, kind: Option<Kind>) -> Result<Self> {
+    fn load(path: &Path, device: Device, kind: Option<Kind>) -> Result<Self> {
         if !path.is_file() {
             let missing = std::io::Error::new(std::io::ErrorKind::NotFound, "no such file");
             return Err(Error::Io { path: path.into(), source: missing });
@@ -62,7 +130,7 @@ impl TorchScript {
 
     /// The parameters and buffers; the classes of the modules tell what each
     /// weight is for.
-    pub(super) fn weights(&self, path: &Path) -> Result<Weights> {
+    fn weights(&self, path: &Path) -> Result<Weights> {
         if self.module.named_parameters()?.is_empty() {
             return Err(Error::NoParameters { path: path.into() });
         }

@@ -111,7 +111,7 @@ pub(super) fn adapted(map: LinearMap, x: &Tensor, bias: Option<&Tensor>, low_ran
     let (scaling, p) = (*scaling, *p);
     let rows = Rows::new(map.inn(), x)?;
     let products = if p == 0.0 { Products::of(&rows.matrix, a, b)? } else { Products::Libtorch };
-    let kind = products.kind(&rows.matrix)?;
+    let kind = products.kind(&map, &rows.matrix)?;
     let (y, u, mask) = {
         let _no_grad = tch::no_grad_guard();
         let x = &rows.matrix.f_to_kind(kind)?;
@@ -163,7 +163,7 @@ impl Backward for LoraNode {
         let [x, u, a, b, mask @ ..] = saved else { return Ok(Vec::new()) };
         let mask = mask.first();
         let needs = |i: usize| needed.get(i) == Some(&true);
-        let kind = self.products.kind(x)?;
+        let kind = self.products.kind(&self.map, x)?;
         let x = &x.f_to_kind(kind)?;
         let grad = as_matrix(grad, self.map.out())?.f_to_kind(kind)?;
 

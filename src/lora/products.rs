@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::ffi::bytes::{read, write};
 use crate::ffi::compute::add_product;
 use crate::ffi::simd::{Kernel, LANES, Simd, dispatch};
-use crate::quant::{Float, gemm};
+use crate::quant::{Float, LinearMap};
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
@@ -37,10 +37,9 @@ impl Products {
         Ok(if x.device() == Device::Cpu && floats && factors && small { Products::ByHand } else { Products::Libtorch })
     }
 
-    /// The dtype to multiply such x in.
-    pub(super) fn kind(self, x: &Tensor) -> Result<Kind> {
-        let kind = x.f_kind()?;
-        Ok(if self == Products::Libtorch { gemm::product_kind(kind, x.device()) } else { kind })
+    /// The dtype to multiply such x in, by W too.
+    pub(super) fn kind(self, map: &LinearMap, x: &Tensor) -> Result<Kind> {
+        if self == Products::Libtorch { map.product_kind(x) } else { Ok(x.f_kind()?) }
     }
 
     /// x · Aᵀ (n, r).

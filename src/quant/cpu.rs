@@ -332,7 +332,7 @@ pub(super) mod tests {
     }
 
     /// Asserts `|found − a · b| ≤ (inner + 4) · 2⁻²⁴ · |a| · |b|`, and the rounding of the result.
-    fn multiplied(found: &Tensor, a: &Tensor, b: &Tensor, what: &str) {
+    pub(in crate::quant) fn multiplied(found: &Tensor, a: &Tensor, b: &Tensor, what: &str) {
         let (kind, a, b) = (found.kind(), a.to_kind(Kind::Double), b.to_kind(Kind::Double));
         let (expected, magnitude) = (a.mm(&b), a.abs().mm(&b.abs()));
         let result = if kind == Kind::Float { 0.0 } else { 0.5f64.powi(8) };

@@ -5,9 +5,14 @@
 //! with few rows it is the other way round. On Intel's both are alike. The
 //! choice depends on the processor and the shape only, so that a run and its
 //! resumption on one machine take the same way.
+//!
+//! Of 16-bit numbers libtorch's products are faster than those of f32 on some
+//! processors, slower on others, and thousands of times slower where it goes
+//! through the elements one by one.
 
 use crate::error::Result;
 use crate::ffi::compute::{has_onednn, onednn_linear};
+use crate::ffi::simd;
 use std::sync::OnceLock;
 use tch::{Device, Kind, Tensor};
 
@@ -15,20 +20,58 @@ use tch::{Device, Kind, Tensor};
 const ONEDNN_ROWS: i64 = 64;
 
 /// The dtype to multiply matrices of `kind` in, and to round the result from:
-/// f32 instead of 16 bits where libtorch would go through them one by one.
+/// f32 instead of 16 bits where that is faster.
 pub(crate) fn product_kind(kind: Kind, device: Device) -> Kind {
-    static SLOW: OnceLock<bool> = OnceLock::new();
-    let slow = || *SLOW.get_or_init(crate::ffi::simd::no_products_of_16_bits);
+    match of_16_bits(kind, device) {
+        Of16Bits::Faster => kind,
+        Of16Bits::Slower | Of16Bits::Loops => Kind::Float,
+    }
+}
+
+/// Rows up to which x · w of a dense w that is not to be cast stays in 16 bits
+/// although [`product_kind`] is f32: with fewer, casting w takes longer than it
+/// gains. `transposed` says whether w lies in memory as wᵀ.
+pub(crate) fn few_to_cast(kind: Kind, device: Device, transposed: bool) -> i64 {
+    match of_16_bits(kind, device) {
+        Of16Bits::Faster => i64::MAX,
+        Of16Bits::Slower => 32,
+        Of16Bits::Loops => 2 * i64::from(transposed),
+    }
+}
+
+/// How libtorch's products of 16-bit numbers compare to those of f32.
+#[derive(Clone, Copy)]
+enum Of16Bits {
+    Faster,
+    /// The instructions are there, and slower.
+    Slower,
+    /// It goes through the elements one by one.
+    Loops,
+}
+
+fn of_16_bits(kind: Kind, device: Device) -> Of16Bits {
+    static HERE: OnceLock<[Of16Bits; 2]> = OnceLock::new();
+    let here = || {
+        *HERE.get_or_init(|| {
+            let bf16 = match simd::products_of_bf16() {
+                _ if simd::products_of_bf16_gain() => Of16Bits::Faster,
+                true => Of16Bits::Slower,
+                false => Of16Bits::Loops,
+            };
+            [bf16, if simd::products_of_f16() { Of16Bits::Faster } else { Of16Bits::Loops }]
+        })
+    };
     match kind {
-        Kind::BFloat16 | Kind::Half if device == Device::Cpu && slow() => Kind::Float,
-        kind => kind,
+        Kind::BFloat16 if device == Device::Cpu => here()[0],
+        Kind::Half if device == Device::Cpu => here()[1],
+        _ => Of16Bits::Faster,
     }
 }
 
 /// Whether `x · w` of these rows goes to oneDNN.
 fn by_onednn(x: &Tensor) -> Result<bool> {
     static HERE: OnceLock<bool> = OnceLock::new();
-    let here = || *HERE.get_or_init(|| crate::ffi::simd::wide_but_not_intel() && has_onednn());
+    let here = || *HERE.get_or_init(|| simd::wide_but_not_intel() && has_onednn());
     Ok(x.f_kind()? == Kind::Float && x.device() == Device::Cpu && x.size2()?.0 >= ONEDNN_ROWS && here())
 }
 

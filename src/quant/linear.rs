@@ -28,15 +28,11 @@ fn dense_matrix(weight: &dyn PackedWeight, kind: Kind) -> Result<Option<Tensor>>
 const FEW: i64 = 16;
 const FEW_OF_16_BITS: i64 = 8;
 
-/// Rows up to which x · Wᵀ of a dense weight of 16 bits stays in that dtype where
-/// [`gemm::product_kind`] is f32: casting the weight would take longer.
-const FEW_OF_DENSE: i64 = 2;
-
 /// Rows up to which the kernels multiply: g · W if `transposed`, else x · Wᵀ.
 fn few(kind: Kind, device: Device, transposed: bool) -> i64 {
     match device {
         Device::Cpu if cpu::multiplies_many(kind) => i64::MAX,
-        Device::Cpu if kind != Kind::Float && !transposed => FEW_OF_16_BITS,
+        Device::Cpu if !transposed && kind != Kind::Float && kind == gemm::product_kind(kind, device) => FEW_OF_16_BITS,
         // A card's kernels are bound by its memory up to the same number in any dtype.
         _ => FEW,
     }
@@ -50,7 +46,7 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
     let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
     let (n, wide) = (x.size2()?.0, gemm::product_kind(kind, x.device()));
     if let Some(dense) = dense_matrix(weight, kind)?
-        && (wide == kind || n <= FEW_OF_DENSE)
+        && n <= gemm::few_to_cast(kind, x.device(), true)
     {
         return gemm::linear(x, &dense, bias.as_ref());
     }
@@ -82,12 +78,12 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
 pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Result<Tensor> {
     let (kind, [out, inn]) = (g.f_kind()?, weight.shape());
     let wide = gemm::product_kind(kind, g.device());
+    let n = g.size2()?.0;
     if let Some(dense) = dense_matrix(weight, kind)?
-        && wide == kind
+        && n <= gemm::few_to_cast(kind, g.device(), false)
     {
         return gemm::multiply(g, &dense);
     }
-    let n = g.size2()?.0;
     let mut dx = Tensor::f_empty([n, inn], (kind, g.device()))?;
     if n <= few(kind, g.device(), true)
         && op::run(weight, Op::ProductTransposed { g: &g.f_contiguous()?, dx: &mut dx })?
@@ -230,5 +226,32 @@ impl Backward for FrozenLinear {
             grads.push(wanted.then(|| bias_gradient(&grad, kind)).transpose()?);
         }
         Ok(grads)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::Dense;
+    use crate::quant::cpu::tests::{multiplied, packed, weight};
+    use std::sync::Arc;
+
+    // Around all numbers of rows from which another way is taken, on any processor.
+    #[test]
+    fn every_number_of_rows_multiplies() {
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+            let shape = [66, 512];
+            let dense: Arc<dyn PackedWeight> = Arc::new(Dense::new(weight(shape, kind)).unwrap());
+            for weight in packed(shape, kind).into_iter().chain([dense]) {
+                let values = weight.dequantize(kind).unwrap().to_kind(Kind::Double);
+                for n in [1, 2, 3, 8, 9, 16, 17, 32, 33, 64] {
+                    let what = format!("{:?} of {kind:?}, {n} rows", weight.scheme());
+                    let random = |columns| Tensor::randn([n, columns], (Kind::Float, Device::Cpu)).to_kind(kind);
+                    let (x, g) = (random(shape[1]), random(shape[0]));
+                    multiplied(&product(weight.as_ref(), &x, None).unwrap(), &x, &values.tr(), &what);
+                    multiplied(&product_transposed(weight.as_ref(), &g).unwrap(), &g, &values, &what);
+                }
+            }
+        }
     }
 }

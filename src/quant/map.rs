@@ -1,7 +1,7 @@
 //! A frozen weight as a linear map of rows, in either direction.
 
 use super::linear::{product, product_transposed};
-use super::{PackedWeight, tiles};
+use super::{PackedWeight, gemm, tiles};
 use crate::error::Result;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -38,6 +38,14 @@ impl LinearMap {
             let _ = y.f_add_(&bias.f_to_kind(y.f_kind()?)?)?;
         }
         Ok(y)
+    }
+
+    /// The dtype to multiply x (n, in) and the like of it in: its own, or f32 where that is faster.
+    pub(crate) fn product_kind(&self, x: &Tensor) -> Result<Kind> {
+        let (kind, device) = (x.f_kind()?, x.device());
+        let dense = self.weight.kind() == kind && self.weight.as_dense().is_some();
+        let stays = dense && x.size2()?.0 <= gemm::few_to_cast(kind, device, false);
+        Ok(if stays { kind } else { gemm::product_kind(kind, device) })
     }
 
     /// ‖W‖² of what each output feature is made from, (out) in `kind`.

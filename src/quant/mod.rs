@@ -16,7 +16,7 @@ pub(crate) mod disk;
 mod dynamic_map;
 mod fp8;
 pub(crate) mod frozen;
-pub(crate) mod gemm;
+mod gemm;
 mod gptq;
 mod hqq;
 mod int8;

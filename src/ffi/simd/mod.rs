@@ -133,13 +133,27 @@ pub(crate) fn wide_but_not_intel() -> bool {
     false
 }
 
-/// Whether this is an x86 processor without AVX-512, for which libtorch has no
-/// matrix products of 16-bit numbers but loops over elements.
-pub(crate) fn no_products_of_16_bits() -> bool {
+/// Whether libtorch multiplies bf16 faster than f32: in AMX's tile registers, by AVX512-BF16 where that gains, and,
+/// as far as known, on processors that are not x86.
+pub(crate) fn products_of_bf16_gain() -> bool {
+    cfg!(not(target_arch = "x86_64")) || Amx::detect().is_some() || multiplies_bf16_faster()
+}
+
+/// Whether libtorch has products of bf16, whatever their speed: on x86 processors without AVX-512 it
+/// goes through the elements one by one.
+pub(crate) fn products_of_bf16() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return Avx512::detect().is_none();
+    return Avx512::detect().is_some();
     #[cfg(not(target_arch = "x86_64"))]
-    false
+    true
+}
+
+/// The same of f16, which asks for AVX512-FP16 on x86.
+pub(crate) fn products_of_f16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return Avx512::detect().is_some() && is_x86_feature_detected!("avx512fp16");
+    #[cfg(not(target_arch = "x86_64"))]
+    true
 }
 
 #[cfg(test)]

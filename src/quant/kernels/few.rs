@@ -1,59 +1,39 @@
 //! Products with few rows: values go from the packed bytes through registers
 //! into the sums, and no decoded weight is written anywhere.
 //!
-//! For weights whose rows are whole blocks of a multiple of 32 elements. Sums
-//! are in f32, in an order that depends on the shapes and the instruction set
-//! only, not on the number of threads.
+//! For weights whose rows are whole blocks of a multiple of a unit's elements.
+//! Sums are in f32, in an order that depends on the shapes and the instruction
+//! set only, not on the number of threads.
 
+use super::arithmetic::{Arithmetic, Element, Lanes, Multiplies, Unit};
 use super::{Float, Format};
 use crate::error::Result;
 use crate::ffi::compute::{for_each_chunk, threads};
-use crate::ffi::simd::{Kernel, LANES, Simd, dispatch};
-
-/// Thirty-two elements, as [`Format::pair`] answers them, in cache lines of their own.
-#[derive(Clone, Copy, Default)]
-#[repr(align(64))]
-struct Pair([[f32; LANES]; 2]);
-const PAIR: usize = 2 * LANES;
+use crate::ffi::simd::{Packing, Simd};
 
 /// Weight rows that a thread takes at a time.
 const PART: usize = 32;
-/// Elements of x or of dX, all rows together, that stay in the first-level cache.
-const STRIP: usize = 6144;
-
-/// Whether the layout fits.
-pub(super) fn fits<F: Format>(format: &F, inn: usize) -> bool {
-    format.block_len().is_multiple_of(PAIR) && inn.is_multiple_of(format.block_len())
-}
-
-/// The elements of a row in the order of the format's pairs.
-fn split<F: Format, T: Float>(row: &[T; PAIR]) -> Pair {
-    Pair(std::array::from_fn(|half| std::array::from_fn(|i| row[at::<F>(half, i)].to_f32())))
-}
-
-/// Where element `i` of one half of a pair is in the row.
-#[inline(always)]
-fn at<F: Format>(half: usize, i: usize) -> usize {
-    if F::INTERLEAVED { 2 * i + half } else { LANES * half + i }
-}
-
+/// Bytes of x or of dX, all rows together, that stay in the first-level cache.
+const STRIP: usize = 24 << 10;
 /// y = x · Wᵀ for `N` rows.
-pub(super) fn product<F: Format, T: Float, const N: usize>(
+pub(super) fn product<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
     format: &F,
     [out, inn]: [usize; 2],
-    x: &[T],
+    x: &[X],
     y: &mut [T],
 ) -> Result<()> {
-    // The rows side by side, pair by pair.
-    let mut pairs = vec![[Pair::default(); N]; inn / PAIR];
+    // The rows side by side, unit by unit.
+    let mut units = vec![[Unit::<E>::default(); N]; inn / E::UNIT];
     for (n, x) in x.chunks_exact(inn).enumerate() {
-        for (to, from) in pairs.iter_mut().zip(x.as_chunks().0) {
-            to[n] = split::<F, T>(from);
+        for (to, from) in units.iter_mut().zip(x.chunks_exact(E::UNIT)) {
+            for (k, part) in to[n].0.iter_mut().enumerate() {
+                part.as_mut().iter_mut().enumerate().for_each(|(i, to)| *to = from[E::place(k, i)].into());
+            }
         }
     }
     let mut columns = vec![[0f32; N]; out];
     for_each_chunk(&mut columns, PART, |i, columns| {
-        dispatch(Product { format, row: i * PART, x: &pairs, columns });
+        E::run(Product { format, row: i * PART, x: &units, columns });
     })?;
     for (n, y) in y.chunks_exact_mut(out).enumerate() {
         y.iter_mut().zip(&columns).for_each(|(to, from)| *to = T::from_f32(from[n]));
@@ -61,178 +41,203 @@ pub(super) fn product<F: Format, T: Float, const N: usize>(
     Ok(())
 }
 
-struct Product<'a, F, const N: usize> {
+struct Product<'a, F: Format, E: Element<F>, const N: usize> {
     format: &'a F,
+    /// The first row of W.
     row: usize,
-    x: &'a [[Pair; N]],
+    x: &'a [[Unit<E>; N]],
     columns: &'a mut [[f32; N]],
 }
 
-impl<F: Format, const N: usize> Kernel for Product<'_, F, N> {
-    type Output = ();
-
+impl<F: Format, E: Element<F>, const N: usize> Multiplies<F, E> for Product<'_, F, E, N> {
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        // Whole blocks of x that stay in the cache for all rows of W.
-        let block = self.format.block_len() / PAIR;
-        let strip = (STRIP / N / PAIR / block).max(1) * block;
+    fn run<A: Arithmetic<F, Element = E>>(self, a: A) {
+        let s = a.simd();
+        // Lanes are added up once, at the end of a row.
+        let mut sums = [[Lanes::default(); N]; PART];
+        let sums = &mut sums[..self.columns.len()];
+        // Units of x that stay in the cache for all rows of W.
+        let strip = (STRIP / size_of::<[Unit<E>; N]>()).max(1);
         for (i, x) in self.x.chunks(strip).enumerate() {
             // As many sums as there are registers for.
             match N {
-                1..=4 => self.rows::<S, 4>(s, x, i * strip),
-                _ => self.rows::<S, 2>(s, x, i * strip),
+                1..=4 => self.rows::<A, 4>(a, x, i * strip, sums),
+                8 => self.rows::<A, 2>(a, x, i * strip, sums),
+                _ => self.rows::<A, 1>(a, x, i * strip, sums),
+            }
+        }
+        for (row, (column, sums)) in self.columns.iter_mut().zip(sums).enumerate() {
+            let factor = a.factor(self.format, self.row + row);
+            for n in 0..N {
+                column[n] = s.sum(s.load(&sums[n].0)) * factor;
             }
         }
     }
 }
 
-impl<F: Format, const N: usize> Product<'_, F, N> {
-    /// Adds the products with a strip of x, which begins at this pair, `M` rows of W at a time.
+impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
+    /// Adds the products with a strip of x, which begins at this unit, `M` rows of W at a time.
     #[inline(always)]
-    fn rows<S: Simd, const M: usize>(&mut self, s: S, x: &[[Pair; N]], pair: usize) {
-        let (groups, rest) = self.columns.as_chunks_mut::<M>();
+    fn rows<A: Arithmetic<F, Element = E>, const M: usize>(
+        &self,
+        a: A,
+        x: &[[Unit<E>; N]],
+        unit: usize,
+        sums: &mut [[Lanes; N]],
+    ) {
+        let (groups, rest) = sums.as_chunks_mut::<M>();
         let rest_row = self.row + groups.len() * M;
         for (i, group) in groups.iter_mut().enumerate() {
-            dot::<S, F, N, M>(s, self.format, [self.row + i * M, pair], self.x.len(), x, group);
+            self.dot::<A, M>(a, [self.row + i * M, unit], x, group);
         }
-        for (i, column) in rest.iter_mut().enumerate() {
-            dot::<S, F, N, 1>(s, self.format, [rest_row + i, pair], self.x.len(), x, std::array::from_mut(column));
+        for (i, sums) in rest.iter_mut().enumerate() {
+            self.dot::<A, 1>(a, [rest_row + i, unit], x, std::array::from_mut(sums));
         }
     }
-}
 
-// The loops over `0..N` and `0..M` below are unrolled into registers; iterators
-// and closures of the standard library would not be inlined for certain.
+    // The loops over `0..N` and `0..M` below are unrolled into registers; iterators
+    // and closures of the standard library would not be inlined for certain.
 
-/// Adds to `sums` the products of `M` rows of W (of `width` pairs) with those
-/// of x; `row` and `pair` are where W's part begins.
-#[inline(always)]
-#[allow(clippy::needless_range_loop)]
-fn dot<S: Simd, F: Format, const N: usize, const M: usize>(
-    s: S,
-    format: &F,
-    [row, pair]: [usize; 2],
-    width: usize,
-    x: &[[Pair; N]],
-    sums: &mut [[f32; N]; M],
-) {
-    let pairs = format.block_len() / PAIR;
-    let (blocks, first) = (width / pairs, pair / pairs);
-    // Two chains of sums, so that one addition need not wait for another.
-    let mut acc = [[[s.splat(0.0); 2]; N]; M];
-    for (b, x) in x.chunks_exact(pairs).enumerate() {
-        let mut block = [format.block(s, row * blocks + first + b); M];
-        for m in 1..M {
-            block[m] = format.block(s, (row + m) * blocks + first + b);
-        }
-        for (i, x) in x.iter().enumerate() {
-            let mut w = [[s.splat(0.0); 2]; M];
-            for m in 0..M {
-                w[m] = format.pair(s, &block[m], i);
-            }
+    /// Adds to `sums` the products of `M` rows of W with x; `row` and `unit` are
+    /// where W's part begins.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
+    fn dot<A: Arithmetic<F, Element = E>, const M: usize>(
+        &self,
+        a: A,
+        [row, unit]: [usize; 2],
+        mut x: &[[Unit<E>; N]],
+        sums: &mut [[Lanes; N]; M],
+    ) {
+        let s = a.simd();
+        let units = self.format.block_len() / E::UNIT;
+        let blocks = self.x.len() / units;
+        let (mut b, mut first) = (unit / units, unit % units);
+        // Two chains of sums where these are few, so that one addition need not wait for another.
+        let second = if M * N < 8 { 1 } else { 0 };
+        let mut acc = [[[s.splat(0.0); 2]; N]; M];
+        for m in 0..M {
             for n in 0..N {
-                let x = [s.load(&x[n].0[0]), s.load(&x[n].0[1])];
-                for m in 0..M {
-                    let second = if M * N < 8 { 1 } else { 0 };
-                    acc[m][n][0] = s.mul_add(w[m][0], x[0], acc[m][n][0]);
-                    acc[m][n][second] = s.mul_add(w[m][1], x[1], acc[m][n][second]);
+                acc[m][n][0] = s.load(&sums[m][n].0);
+            }
+        }
+        while !x.is_empty() {
+            let mut block = [a.block(self.format, row * blocks + b); M];
+            for m in 1..M {
+                block[m] = a.block(self.format, (row + m) * blocks + b);
+            }
+            let (part, rest) = x.split_at((units - first).min(x.len()));
+            for (i, x) in part.iter().enumerate() {
+                let mut w = [a.values(self.format, &block[0], first + i); M];
+                for m in 1..M {
+                    w[m] = a.values(self.format, &block[m], first + i);
+                }
+                for n in 0..N {
+                    let x = [a.load(&x[n].0[0]), a.load(&x[n].0[1])];
+                    for m in 0..M {
+                        acc[m][n][0] = a.multiply_add(w[m][0], x[0], acc[m][n][0]);
+                        acc[m][n][second] = a.multiply_add(w[m][1], x[1], acc[m][n][second]);
+                    }
                 }
             }
+            (b, first, x) = (b + 1, 0, rest);
         }
-    }
-    for m in 0..M {
-        let factor = format.factor(row + m);
-        for n in 0..N {
-            sums[m][n] += (s.sum(acc[m][n][0]) + s.sum(acc[m][n][1])) * factor;
+        for m in 0..M {
+            for n in 0..N {
+                let sum = if second == 1 { s.add(acc[m][n][0], acc[m][n][1]) } else { acc[m][n][0] };
+                s.store(sum, &mut sums[m][n].0);
+            }
         }
     }
 }
 
 /// dX = g · W for `N` rows.
-pub(super) fn product_transposed<F: Format, T: Float, const N: usize>(
+pub(super) fn product_transposed<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
     format: &F,
     [out, inn]: [usize; 2],
-    g: &[T],
+    g: &[X],
     dx: &mut [T],
 ) -> Result<()> {
-    let mut factors = vec![[0f32; N]; out];
+    // As many rows of W as are multiplied at once; the last ones that are not there are multiplied by zero.
+    let mut groups = vec![[E::Group::default(); N]; out.div_ceil(E::ROWS)];
     for (n, g) in g.chunks_exact(out).enumerate() {
-        factors.iter_mut().zip(g).enumerate().for_each(|(row, (to, from))| to[n] = from.to_f32() * format.factor(row));
+        for (row, g) in g.iter().enumerate() {
+            groups[row / E::ROWS][n].as_mut()[row % E::ROWS] = E::scaled((*g).into(), format, row);
+        }
     }
     // As many strips as share evenly among the threads; each column is summed
     // by one thread from top to bottom, so that their number changes nothing.
-    let (pairs, threads) = (inn / PAIR, threads());
-    let strip = pairs.div_ceil(threads * pairs.div_ceil(threads * (STRIP / N / PAIR)).max(1));
-    let mut columns = vec![[Pair::default(); N]; pairs];
+    let (units, threads) = (inn / E::UNIT, threads());
+    let most = (STRIP / size_of::<[E::Sums; N]>()).max(1);
+    let strip = units.div_ceil(threads * units.div_ceil(threads * most).max(1));
+    let mut columns = vec![[E::Sums::default(); N]; units];
     for_each_chunk(&mut columns, strip, |i, columns| {
-        dispatch(Transposed { format, inn, first: i * strip, g: &factors, columns });
+        E::run(Transposed { format, shape: [out, inn], first: i * strip, g: &groups, columns });
     })?;
     for (n, dx) in dx.chunks_exact_mut(inn).enumerate() {
-        for (to, from) in dx.as_chunks_mut::<PAIR>().0.iter_mut().zip(&columns) {
-            for half in 0..2 {
-                (0..LANES).for_each(|i| to[at::<F>(half, i)] = T::from_f32(from[n].0[half][i]));
+        for (to, from) in dx.chunks_exact_mut(E::UNIT).zip(&columns) {
+            for (part, sums) in from[n].as_ref().iter().enumerate() {
+                sums.0.iter().enumerate().for_each(|(i, sum)| to[E::place_of_sum(part, i)] = T::from_f32(*sum));
             }
         }
     }
     Ok(())
 }
 
-struct Transposed<'a, F, const N: usize> {
+struct Transposed<'a, F: Format, E: Element<F>, const N: usize> {
     format: &'a F,
-    inn: usize,
-    /// The first pair of the strip.
+    shape: [usize; 2],
+    /// The first unit of the strip.
     first: usize,
-    g: &'a [[f32; N]],
-    columns: &'a mut [[Pair; N]],
+    g: &'a [[E::Group; N]],
+    columns: &'a mut [[E::Sums; N]],
 }
 
-impl<F: Format, const N: usize> Kernel for Transposed<'_, F, N> {
-    type Output = ();
-
+impl<F: Format, E: Element<F>, const N: usize> Multiplies<F, E> for Transposed<'_, F, E, N> {
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
+    fn run<A: Arithmetic<F, Element = E>>(mut self, a: A) {
         let (groups, rest) = self.g.as_chunks::<4>();
         for (i, g) in groups.iter().enumerate() {
-            self.accumulate::<S, 4>(s, i * 4, g);
+            self.accumulate::<A, 4>(a, i * 4 * E::ROWS, g);
         }
         for (i, g) in rest.iter().enumerate() {
-            self.accumulate::<S, 1>(s, groups.len() * 4 + i, std::array::from_ref(g));
+            self.accumulate::<A, 1>(a, (groups.len() * 4 + i) * E::ROWS, std::array::from_ref(g));
         }
     }
 }
 
-impl<F: Format, const N: usize> Transposed<'_, F, N> {
-    /// Adds `g · W` of `M` rows of W, from `row` on.
+impl<F: Format, E: Element<F>, const N: usize> Transposed<'_, F, E, N> {
+    /// Adds `g · W` of `M` groups of rows of W, from `row` on.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
-    fn accumulate<S: Simd, const M: usize>(&mut self, s: S, row: usize, g: &[[f32; N]; M]) {
-        let pairs = self.format.block_len() / PAIR;
-        let blocks = self.inn / self.format.block_len();
-        let (mut b, mut i) = (self.first / pairs, self.first % pairs);
+    fn accumulate<A: Arithmetic<F, Element = E>, const M: usize>(&mut self, a: A, row: usize, g: &[[E::Group; N]; M]) {
+        let (s, [out, inn]) = (a.simd(), self.shape);
+        let units = self.format.block_len() / E::UNIT;
+        let blocks = inn / self.format.block_len();
+        let (mut b, mut first) = (self.first / units, self.first % units);
         let mut columns = &mut *self.columns;
         while !columns.is_empty() {
-            let mut block = [self.format.block(s, row * blocks + b); M];
+            let mut block = [a.blocks(self.format, [row, out], blocks, b); M];
             for m in 1..M {
-                block[m] = self.format.block(s, (row + m) * blocks + b);
+                block[m] = a.blocks(self.format, [row + m * E::ROWS, out], blocks, b);
             }
-            let take = (pairs - i).min(columns.len());
-            let (part, rest) = columns.split_at_mut(take);
-            for (k, column) in part.iter_mut().enumerate() {
-                let mut w = [[s.splat(0.0); 2]; M];
-                for m in 0..M {
-                    w[m] = self.format.pair(s, &block[m], i + k);
+            let (part, rest) = columns.split_at_mut((units - first).min(columns.len()));
+            for (i, column) in part.iter_mut().enumerate() {
+                let mut w = [a.rows(self.format, &block[0], first + i); M];
+                for m in 1..M {
+                    w[m] = a.rows(self.format, &block[m], first + i);
                 }
                 for n in 0..N {
-                    for half in 0..2 {
-                        let mut sum = s.load(&column[n].0[half]);
+                    for (k, sum) in column[n].as_mut().iter_mut().enumerate() {
+                        let mut v = s.load(&sum.0);
                         for m in 0..M {
-                            sum = s.mul_add(s.splat(g[m][n]), w[m][half], sum);
+                            v = a.multiply_add(w[m].as_ref()[k], a.splat(g[m][n]), v);
                         }
-                        s.store(sum, &mut column[n].0[half]);
+                        s.store(v, &mut sum.0);
                     }
                 }
             }
-            (b, i, columns) = (b + 1, 0, rest);
+            (b, first, columns) = (b + 1, 0, rest);
         }
     }
 }

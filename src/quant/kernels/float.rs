@@ -6,7 +6,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// A dtype of tiles and activations.
-pub(crate) trait Float: Plain {
+pub(crate) trait Float: Plain + Into<f32> {
     const DTYPE: Dtype;
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;

@@ -1,7 +1,8 @@
 //! How each family of formats answers its values as bf16, for processors that
 //! multiply these: exact for a weight of that dtype.
 
-use super::formats::{Byte, Fields, Nibbles, Scaled, Scales};
+use super::codebook::{Nibbles, Scales};
+use super::formats::{Byte, Fields, Scaled};
 use super::nibbles::PowersRow;
 use super::{Absmax, Bytes, Codes, Dtype, Format, Groups, I8, Powers, Zeros};
 use crate::ffi::simd::{DotBf16, First, LANES, Simd};

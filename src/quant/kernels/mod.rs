@@ -9,11 +9,12 @@
 //! Unpacked values are the same bits on every instruction set. Sums are in f32;
 //! their order is that of the instruction set, so that products agree within
 //! the rounding of an f32 sum: at most `in · 2⁻²⁴` of `Σ |x · w|`. Where a
-//! processor multiplies bf16 (`few_bf16`, `many_bf16`), subnormal ones count as
+//! processor multiplies bf16 (`arithmetic`, `many_bf16`), subnormal ones count as
 //! zero.
 
+mod arithmetic;
+mod codebook;
 mod few;
-mod few_bf16;
 mod float;
 mod formats;
 mod in_bf16;
@@ -22,14 +23,17 @@ mod nibbles;
 pub(crate) mod packing;
 mod unpack;
 
+pub(crate) use codebook::{Codes, Double};
 pub(crate) use float::{Dtype, Float, Floats};
-pub(crate) use formats::{Absmax, Bytes, Codes, Double, E4m3, E5m2, Format, Groups, I8};
+pub(crate) use formats::{Absmax, Bytes, E4m3, E5m2, Format, Groups, I8};
 pub(crate) use in_bf16::InBf16;
 pub(crate) use nibbles::{Powers, Zeros, power};
 pub(crate) use unpack::{Tile, unpack, unpack_index};
 
 use crate::error::Result;
-use crate::ffi::simd::Amx;
+use crate::ffi::simd::{Amx, multiplies_bf16, multiplies_bf16_faster};
+use arithmetic::Element;
+use half::bf16;
 
 /// Rows beyond which products are for many.
 pub(crate) const FEW: usize = 16;
@@ -40,7 +44,20 @@ const TOO_FEW_FOR_TILES: usize = 8;
 /// Whether [`product`] and [`product_transposed`] can do a weight with rows of
 /// `inn` elements, times so many rows.
 pub(crate) fn fits<F: InBf16, T: Float>(format: &F, inn: usize, rows: usize) -> bool {
-    rows <= FEW && few::fits(format, inn) || T::DTYPE == Dtype::Bf16 && many_bf16::fits(format, inn).is_some()
+    rows <= FEW && whole_units::<F, f32>(format, inn)
+        || T::DTYPE == Dtype::Bf16 && many_bf16::fits(format, inn).is_some()
+}
+
+/// Whether the rows of a weight are whole blocks of whole units.
+fn whole_units<F: Format, E: Element<F>>(format: &F, inn: usize) -> bool {
+    format.block_len().is_multiple_of(E::UNIT) && inn.is_multiple_of(format.block_len())
+}
+
+/// Whether few rows of bf16 are multiplied as they are: if the weight is of bf16 and the processor gains by it; the
+/// unit tests take any that can.
+fn in_bf16<F: InBf16>(format: &F, inn: usize) -> bool {
+    let fits = format.dtype() == Dtype::Bf16 && whole_units::<F, bf16>(format, inn);
+    fits && if cfg!(test) { multiplies_bf16() } else { multiplies_bf16_faster() }
 }
 
 /// Whether the kernels do better than libtorch with any number of rows of this dtype.
@@ -48,24 +65,26 @@ pub(crate) fn multiply_many(dtype: Dtype) -> bool {
     dtype == Dtype::Bf16 && Amx::detect().is_some()
 }
 
-/// Calls a kernel for 8, 4, 2 or 1 rows at a time.
+/// Calls a kernel for 16, 8, 4, 2 or 1 rows at a time.
 macro_rules! by_rows {
-    ($room:ident::$kernel:ident, $format:expr, $shape:expr, $from:expr, $width:expr, $to:expr, $to_width:expr) => {{
+    ($kernel:ident::<$element:ty, $x:ty>, $format:expr, $shape:expr, $from:expr, $width:expr, $to:expr, $to_width:expr) => {{
         let (mut from, mut to) = ($from, $to);
         while !from.is_empty() {
             let rows = match from.len() / $width {
                 0..2 => 1,
                 2..4 => 2,
                 4..8 => 4,
-                _ => 8,
+                8..16 => 8,
+                _ => 16,
             };
             let (x, from_rest) = from.split_at(rows * $width);
             let (y, to_rest) = to.split_at_mut(rows * $to_width);
             match rows {
-                1 => $room::$kernel::<F, T, 1>($format, $shape, x, y)?,
-                2 => $room::$kernel::<F, T, 2>($format, $shape, x, y)?,
-                4 => $room::$kernel::<F, T, 4>($format, $shape, x, y)?,
-                _ => $room::$kernel::<F, T, 8>($format, $shape, x, y)?,
+                1 => few::$kernel::<F, $element, $x, T, 1>($format, $shape, x, y)?,
+                2 => few::$kernel::<F, $element, $x, T, 2>($format, $shape, x, y)?,
+                4 => few::$kernel::<F, $element, $x, T, 4>($format, $shape, x, y)?,
+                8 => few::$kernel::<F, $element, $x, T, 8>($format, $shape, x, y)?,
+                _ => few::$kernel::<F, $element, $x, T, 16>($format, $shape, x, y)?,
             }
             (from, to) = (from_rest, to_rest);
         }
@@ -81,10 +100,10 @@ pub(crate) fn product<F: InBf16, T: Float>(format: &F, shape: [usize; 2], x: &[T
         return many_bf16::product(amx, format, shape, x, y);
     }
     match T::as_bf16(x) {
-        Some(x) if few_bf16::fits(format, shape[1]) => {
-            by_rows!(few_bf16::product, format, shape, x, shape[1], y, shape[0])
+        Some(x) if in_bf16(format, shape[1]) => {
+            by_rows!(product::<bf16, bf16>, format, shape, x, shape[1], y, shape[0])
         }
-        _ => by_rows!(few::product, format, shape, x, shape[1], y, shape[0]),
+        _ => by_rows!(product::<f32, T>, format, shape, x, shape[1], y, shape[0]),
     }
 }
 
@@ -101,9 +120,9 @@ pub(crate) fn product_transposed<F: InBf16, T: Float>(
         return many_bf16::product_transposed(amx, format, shape, g, dx);
     }
     match T::as_bf16(g) {
-        Some(g) if few_bf16::fits(format, shape[1]) => {
-            by_rows!(few_bf16::product_transposed, format, shape, g, shape[0], dx, shape[1])
+        Some(g) if in_bf16(format, shape[1]) => {
+            by_rows!(product_transposed::<bf16, bf16>, format, shape, g, shape[0], dx, shape[1])
         }
-        _ => by_rows!(few::product_transposed, format, shape, g, shape[0], dx, shape[1]),
+        _ => by_rows!(product_transposed::<f32, T>, format, shape, g, shape[0], dx, shape[1]),
     }
 }

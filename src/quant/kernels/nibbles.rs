@@ -1,7 +1,8 @@
 //! Formats of two codes in a byte, the even one of a pair in the low half:
 //! MXFP4's and GPTQ's.
 
-use super::formats::{CODES, Nibbles, prefetch};
+use super::codebook::Nibbles;
+use super::formats::{CODES, prefetch};
 use super::{Dtype, Floats, Format};
 use crate::ffi::simd::{LANES, Simd};
 use std::ops::Range;
