@@ -30,6 +30,8 @@ pub struct Figures {
     pub linear_amd: Vec<Row>,
     /// Of bf16 in tile registers (AMX).
     pub linear_amx: Vec<Row>,
+    /// On a Xeon without them.
+    pub linear_no_amx: Vec<Row>,
     /// `layer,rows,megabytes,dense_megabytes`
     pub memory: Vec<Row>,
     /// `case,tch_peft,peft`, in milliseconds
@@ -49,6 +51,7 @@ impl Figures {
             linear: file("linear.csv")?,
             linear_amd: file("linear_amd.csv")?,
             linear_amx: file("linear_amx.csv")?,
+            linear_no_amx: file("linear_no_amx.csv")?,
             memory: file("memory.csv")?,
             lora: file("lora.csv")?,
         })

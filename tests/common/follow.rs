@@ -4,7 +4,7 @@ use super::{assert_close, assert_same, device, read};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use tch_peft::{Base, LoraModel, MergeOptions, QuantConfig, TorchScript, WeightRole};
 
 const STEPS: usize = 3;
@@ -43,10 +43,14 @@ pub fn cases(dir: &Path) -> Vec<Value> {
     serde_json::from_slice(&std::fs::read(dir.join("cases.json")).unwrap()).unwrap()
 }
 
-/// Follows PEFT's record of the cases that start with `prefix`.
+/// Follows PEFT's record of the cases that start with `prefix`; elsewhere than on the CPU without those
+/// with dropout, whose masks another generator draws.
 pub fn follow(dir: &Path, prefix: &str) {
     let mut followed = 0;
     for case in cases(dir).iter().filter(|case| case["name"].as_str().unwrap().starts_with(prefix)) {
+        if device() != Device::Cpu && case["name"].as_str().unwrap().contains("dropout") {
+            continue;
+        }
         follow_one(dir, case);
         followed += 1;
     }

@@ -4,7 +4,7 @@ use crate::common::device;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use tch::Kind;
+use tch::{Device, Kind};
 use tch_peft::{
     AdamW, Base, Bias, InitLoraWeights, LoraConfig, NamedParameter, Optimizer, QuantConfig, Scheme, Sgd, TargetModules,
     TorchScript, Treatment, WeightRole,
@@ -88,6 +88,11 @@ impl Case {
         ["pissa", "pissa_niter_8", "olora", "loftq"].contains(&self.get("init"))
     }
 
+    /// None elsewhere than on the CPU, as another generator draws the masks.
+    fn dropout(&self) -> f64 {
+        if self.get("training").ends_with("_dropout") && device() == Device::Cpu { 0.25 } else { 0.0 }
+    }
+
     pub fn config(&self) -> LoraConfig {
         let (variant, init) = (self.get("variant"), self.get("init"));
         let config = LoraConfig::builder()
@@ -97,7 +102,7 @@ impl Case {
             .use_rslora(variant.ends_with("rslora"))
             .use_dora(variant.starts_with("dora"))
             .lora_bias(variant == "lora_bias")
-            .lora_dropout(if self.get("training").ends_with("_dropout") { 0.25 } else { 0.0 })
+            .lora_dropout(self.dropout())
             .init_lora_weights(match init {
                 "true" => InitLoraWeights::Default,
                 "false" => InitLoraWeights::Random,

@@ -35,9 +35,14 @@ const Device STANDIN(c10::kCUDA, 0);
 std::atomic<int64_t> host_reads{0};
 std::atomic<int64_t> launches{0};
 
-// The device's own: what it draws is not what the CPU would have drawn.
+// Draws from a seed otherwise than the CPU does, as a GPU would.
+struct DeviceGenerator : at::CPUGeneratorImpl {
+  DeviceGenerator() : at::CPUGeneratorImpl(67280421310721) {}
+  void set_current_seed(uint64_t seed) override { at::CPUGeneratorImpl::set_current_seed(~seed); }
+};
+
 const at::Generator& device_generator() {
-  static const at::Generator generator = at::detail::createCPUGenerator(67280421310721);
+  static const at::Generator generator = at::make_generator<DeviceGenerator>();
   return generator;
 }
 
