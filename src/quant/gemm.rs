@@ -7,7 +7,7 @@
 //! resumption on one machine take the same way.
 //!
 //! Of 16-bit numbers libtorch's products are faster than those of f32 on some
-//! processors, slower on others, and thousands of times slower where it goes
+//! processors, slower on others, and hundreds of times slower where it goes
 //! through the elements one by one.
 
 use crate::error::Result;
