@@ -15,6 +15,7 @@ use crate::ffi::simd::{Packing, Simd};
 const PART: usize = 32;
 /// Bytes of x or of dX, all rows together, that stay in the first-level cache.
 const STRIP: usize = 24 << 10;
+
 /// y = x · Wᵀ for `N` rows.
 pub(super) fn product<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
     format: &F,
