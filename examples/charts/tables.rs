@@ -45,11 +45,15 @@ fn table(name: &str, figures: &Figures) -> Result<String> {
         "lora" => lora(&figures.lora),
         // linear|linear_amd|linear_amx|linear_no_amx OUT IN step|forward
         _ => match name.split(' ').collect::<Vec<_>>()[..] {
-            ["linear", out, inn, what] => linear(&figures.linear, [("out", out), ("in", inn), ("what", what)]),
-            ["linear_amd", out, inn, what] => linear(&figures.linear_amd, [("out", out), ("in", inn), ("what", what)]),
-            ["linear_amx", out, inn, what] => linear(&figures.linear_amx, [("out", out), ("in", inn), ("what", what)]),
-            ["linear_no_amx", out, inn, what] => {
-                linear(&figures.linear_no_amx, [("out", out), ("in", inn), ("what", what)])
+            [file, out, inn, what] => {
+                let rows = match file {
+                    "linear" => &figures.linear,
+                    "linear_amd" => &figures.linear_amd,
+                    "linear_amx" => &figures.linear_amx,
+                    "linear_no_amx" => &figures.linear_no_amx,
+                    _ => return Err(format!("no table {name}").into()),
+                };
+                linear(rows, [("out", out), ("in", inn), ("what", what)])
             }
             _ => Err(format!("no table {name}").into()),
         },
