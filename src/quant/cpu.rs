@@ -94,9 +94,11 @@ pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
     }
 }
 
-/// Whether the kernels do better than libtorch with any number of rows of this dtype.
-pub(super) fn multiplies_many(kind: Kind) -> bool {
+/// Whether the kernels do better than libtorch with a weight and any number of rows of this dtype.
+pub(super) fn multiplies_many(weight: &dyn PackedWeight, kind: Kind) -> bool {
+    let integers = kind == Kind::Float && matches!(weight.scheme(), Some(Scheme::Int8 | Scheme::LlmInt8));
     dtype(kind).is_some_and(kernels::multiply_many)
+        || integers && kernels::multiply_integers(weight.shape().map(|n| n as usize))
 }
 
 fn dtype(kind: Kind) -> Option<Dtype> {
@@ -312,7 +314,7 @@ pub(super) mod tests {
             let [out, inn] = shape;
             for packed in packed(shape, kind) {
                 let scheme = packed.scheme().unwrap();
-                let dense = packed.dequantize(Kind::Float).unwrap().to_kind(Kind::Double);
+                let values = Values::new(packed.as_ref());
                 for n in [1, 2, 3, 7, 8, 13, 16] {
                     for x_kind in [Kind::Float, Kind::BFloat16] {
                         let what = format!("{scheme} {kind:?} {shape:?}, {n} rows of {x_kind:?}");
@@ -323,22 +325,85 @@ pub(super) mod tests {
                         assert!(run(packed.as_ref(), Op::Product { x: &x, y: &mut y }).unwrap(), "{what}");
                         let op = Op::ProductTransposed { g: &g, dx: &mut dx };
                         assert!(run(packed.as_ref(), op).unwrap(), "{what}");
-                        multiplied(&y, &x, &dense.tr(), &what);
-                        multiplied(&dx, &g, &dense, &what);
+                        values.multiplied(&y, &x, false, &what);
+                        values.multiplied(&dx, &g, true, &what);
                     }
                 }
             }
         }
     }
 
-    /// Asserts `|found − a · b| ≤ (inner + 4) · 2⁻²⁴ · |a| · |b|`, and the rounding of the result.
-    pub(in crate::quant) fn multiplied(found: &Tensor, a: &Tensor, b: &Tensor, what: &str) {
-        let (kind, a, b) = (found.kind(), a.to_kind(Kind::Double), b.to_kind(Kind::Double));
-        let (expected, magnitude) = (a.mm(&b), a.abs().mm(&b.abs()));
-        let result = if kind == Kind::Float { 0.0 } else { 0.5f64.powi(8) };
-        let bound = magnitude * ((b.size()[0] + 4) as f64 * 0.5f64.powi(24)) + expected.abs() * result + 1e-30;
-        let within = (found.to_kind(Kind::Double) - expected).abs().le_tensor(&bound).all();
-        assert!(i64::try_from(within).unwrap() == 1, "{what}");
+    /// What products with a weight may take for its values.
+    pub(in crate::quant) struct Values {
+        /// (out, in): rounded to its dtype, as it unpacks them, and as its codes and scales mean them.
+        choices: [Tensor; 2],
+        /// Whether rows of the other side may become integers.
+        integers: bool,
+    }
+
+    impl Values {
+        pub(in crate::quant) fn new(packed: &dyn PackedWeight) -> Self {
+            let rounded = packed.dequantize(Kind::Float).unwrap().to_kind(Kind::Double);
+            let tensors = packed.tensors().unwrap();
+            let tensor = |name: &str| tensors.iter().find(|(n, _)| n == name).unwrap().1.to_kind(Kind::Double);
+            let scale = match packed.scheme() {
+                Some(Scheme::Int8 | Scheme::Fp8 { .. }) => Some(tensor("weight.scale")),
+                Some(Scheme::LlmInt8) => Some(tensor("SCB").unsqueeze(1) * f64::from(crate::quant::int8::STEP as f32)),
+                _ => None,
+            };
+            let meant = scale.map_or_else(|| rounded.shallow_clone(), |s| tensor("weight").view(packed.shape()) * s);
+            Values { choices: [rounded, meant], integers: multiplies_many(packed, Kind::Float) }
+        }
+
+        /// Asserts `|found − a · b| ≤ (inner + 4) · 2⁻²⁴ · |a| · |b|`, and the rounding of the result, of `b = W` if
+        /// `transposed` and else `b = Wᵀ`; and what rows of a, times the scales of W's, lose as integers of 24 bits.
+        pub(in crate::quant) fn multiplied(&self, found: &Tensor, a: &Tensor, transposed: bool, what: &str) {
+            let is_product = |w: &Tensor| {
+                let b = if transposed { w.shallow_clone() } else { w.tr() };
+                let (kind, a) = (found.kind(), a.to_kind(Kind::Double));
+                let (expected, magnitude) = (a.mm(&b), a.abs().mm(&b.abs()));
+                let result = if kind == Kind::Float { 0.0 } else { 0.5f64.powi(8) };
+                let mut bound =
+                    magnitude * ((b.size()[0] + 4) as f64 * 0.5f64.powi(24)) + expected.abs() * result + 1e-30;
+                if self.integers {
+                    let scales =
+                        if transposed { w.abs().amax([1], false).clamp_min(1e-300) } else { Tensor::from(1.0) };
+                    let largest = (a.abs() * &scales).amax([1], true);
+                    let codes = b.abs() / scales.view([-1, 1]);
+                    bound += largest * codes.sum_dim_intlist([0i64].as_slice(), true, Kind::Double) * 0.5f64.powi(23);
+                }
+                let within = (found.to_kind(Kind::Double) - expected).abs().le_tensor(&bound).all();
+                i64::try_from(within).unwrap() == 1
+            };
+            assert!(self.choices.iter().any(is_product), "{what}");
+        }
+    }
+
+    /// Rows that are integers only by a scale of their own, and some that can't be.
+    #[test]
+    fn rows_of_any_magnitude_multiply() {
+        let packed = crate::quant::quantize("w", &weight([70, 256], Kind::Float), Scheme::Int8).unwrap();
+        let values = Values::new(packed.as_ref());
+        for magnitudes in [[1.0, 1e20, 1e-20, 0.0, 3.0], [1e-44, 1.0, 1e33, 0.0, 1e-36]] {
+            let magnitudes = Tensor::from_slice(&magnitudes).unsqueeze(1);
+            let random =
+                |columns| (Tensor::randn([5, columns], (Kind::Double, Device::Cpu)) * &magnitudes).to_kind(Kind::Float);
+            let (x, g) = (random(256), random(70));
+            let mut y = Tensor::full([5, 70], 7.0, (Kind::Float, Device::Cpu));
+            let mut dx = Tensor::full([5, 256], 7.0, (Kind::Float, Device::Cpu));
+            assert!(run(packed.as_ref(), Op::Product { x: &x, y: &mut y }).unwrap());
+            assert!(run(packed.as_ref(), Op::ProductTransposed { g: &g, dx: &mut dx }).unwrap());
+            values.multiplied(&y, &x, false, "x");
+            values.multiplied(&dx, &g, true, "g");
+        }
+        // What is not finite stays so, and in its row.
+        for bad in [f64::INFINITY, f64::NAN] {
+            let x = Tensor::ones([5, 256], (Kind::Float, Device::Cpu));
+            let _ = x.narrow(0, 2, 1).narrow(1, 100, 1).fill_(bad);
+            let mut y = Tensor::full([5, 70], 7.0, (Kind::Float, Device::Cpu));
+            assert!(run(packed.as_ref(), Op::Product { x: &x, y: &mut y }).unwrap());
+            assert_eq!(y.isfinite(), x.to_kind(Kind::Double).mm(&values.choices[0].tr()).isfinite());
+        }
     }
 
     // Tiles, strips, parts and rows that don't divide; libtorch's own products use the registers in between.
@@ -351,7 +416,7 @@ pub(super) mod tests {
             let [out, inn] = shape;
             for packed in packed(shape, kind) {
                 let scheme = packed.scheme().unwrap();
-                let dense = packed.dequantize(kind).unwrap();
+                let values = Values::new(packed.as_ref());
                 for n in [9, 33, 530] {
                     let what = format!("{scheme} {shape:?}, {n} rows");
                     let random = |columns| Tensor::randn([n, columns], (Kind::Float, Device::Cpu)).to_kind(kind);
@@ -372,10 +437,11 @@ pub(super) mod tests {
                     let divides =
                         !matches!(scheme, Scheme::Nf4 { block_size: 256, .. } | Scheme::Fp4 { block_size: 256, .. })
                             || inn % 256 == 0;
-                    assert_eq!(served, n <= 16 && divides || multiplies_many(kind) && divides && !narrow, "{what}");
+                    let any = multiplies_many(packed.as_ref(), kind) || multiplies_many(packed.as_ref(), Kind::Float);
+                    assert_eq!(served, n <= 16 && divides || any && divides && !narrow, "{what}");
                     if served {
-                        multiplied(&y, &x, &dense.tr(), &what);
-                        multiplied(&dx, &g, &dense, &what);
+                        values.multiplied(&y, &x, false, &what);
+                        values.multiplied(&dx, &g, true, &what);
                     }
                 }
             }

@@ -29,9 +29,9 @@ const FEW: i64 = 16;
 const FEW_OF_16_BITS: i64 = 8;
 
 /// Rows up to which the kernels multiply: g · W if `transposed`, else x · Wᵀ.
-fn few(kind: Kind, device: Device, transposed: bool) -> i64 {
+fn few(weight: &dyn PackedWeight, kind: Kind, device: Device, transposed: bool) -> i64 {
     match device {
-        Device::Cpu if cpu::multiplies_many(kind) => i64::MAX,
+        Device::Cpu if cpu::multiplies_many(weight, kind) => i64::MAX,
         Device::Cpu if !transposed && kind != Kind::Float && kind == gemm::product_kind(kind, device) => FEW_OF_16_BITS,
         // A card's kernels are bound by its memory up to the same number in any dtype.
         _ => FEW,
@@ -55,7 +55,7 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
         None => Ok(y),
     };
     let mut y = Tensor::f_empty([n, out], (kind, x.device()))?;
-    if n <= few(kind, x.device(), false) && op::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
+    if n <= few(weight, kind, x.device(), false) && op::run(weight, Op::Product { x: &x.f_contiguous()?, y: &mut y })? {
         return add(y);
     }
     if wide != kind {
@@ -85,7 +85,7 @@ pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Resul
         return gemm::multiply(g, &dense);
     }
     let mut dx = Tensor::f_empty([n, inn], (kind, g.device()))?;
-    if n <= few(kind, g.device(), true)
+    if n <= few(weight, kind, g.device(), true)
         && op::run(weight, Op::ProductTransposed { g: &g.f_contiguous()?, dx: &mut dx })?
     {
         return Ok(dx);
@@ -233,7 +233,7 @@ impl Backward for FrozenLinear {
 mod tests {
     use super::*;
     use crate::quant::Dense;
-    use crate::quant::cpu::tests::{multiplied, packed, weight};
+    use crate::quant::cpu::tests::{Values, packed, weight};
     use std::sync::Arc;
 
     // Around all numbers of rows from which another way is taken, on any processor.
@@ -243,13 +243,13 @@ mod tests {
             let shape = [66, 512];
             let dense: Arc<dyn PackedWeight> = Arc::new(Dense::new(weight(shape, kind)).unwrap());
             for weight in packed(shape, kind).into_iter().chain([dense]) {
-                let values = weight.dequantize(kind).unwrap().to_kind(Kind::Double);
+                let values = Values::new(weight.as_ref());
                 for n in [1, 2, 3, 8, 9, 16, 17, 32, 33, 64] {
                     let what = format!("{:?} of {kind:?}, {n} rows", weight.scheme());
                     let random = |columns| Tensor::randn([n, columns], (Kind::Float, Device::Cpu)).to_kind(kind);
                     let (x, g) = (random(shape[1]), random(shape[0]));
-                    multiplied(&product(weight.as_ref(), &x, None).unwrap(), &x, &values.tr(), &what);
-                    multiplied(&product_transposed(weight.as_ref(), &g).unwrap(), &g, &values, &what);
+                    values.multiplied(&product(weight.as_ref(), &x, None).unwrap(), &x, false, &what);
+                    values.multiplied(&product_transposed(weight.as_ref(), &g).unwrap(), &g, true, &what);
                 }
             }
         }

@@ -18,6 +18,7 @@ mod bf16;
 mod neon;
 mod packing;
 mod portable;
+mod vnni;
 
 pub(crate) use amx::{Amx, Sums, TILE, Tile};
 #[cfg(target_arch = "x86_64")]
@@ -29,9 +30,13 @@ pub(crate) use bf16::{Bf16Kernel, DotBf16, First, dispatch_bf16, multiplies_bf16
 pub(crate) use neon::Neon;
 pub(crate) use packing::Packing;
 pub(crate) use portable::Portable;
+pub(crate) use vnni::{DotI8, I8Kernel, dispatch_i8, multiplies_i8};
 
 /// Lanes of a [`Simd::V`].
 pub(crate) const LANES: usize = 16;
+
+/// Bytes of these.
+pub(crate) const BYTES: usize = 4 * LANES;
 
 /// An instruction set, proven to be there.
 pub(crate) trait Simd: Packing<<Self as Simd>::V> + Send + Sync + 'static {

@@ -5,7 +5,7 @@
 //! table is worth it: rounding to the weight's dtype happens once for each of
 //! its 16 entries instead of for every element.
 
-use super::{Dtype, Float, Floats};
+use super::{Dtype, Float, Floats, Integers};
 use crate::ffi::simd::{LANES, Portable, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -54,6 +54,11 @@ pub(crate) trait Format: Sync {
     fn factor(&self, _row: usize) -> f32 {
         1.0
     }
+
+    /// The bytes, if they are integers and [`factor`](Self::factor) is all that they lack.
+    fn integers(&self) -> Option<Integers<'_>> {
+        None
+    }
 }
 
 /// Writes elements one sixteen after the other, each rounded on its own.
@@ -100,6 +105,8 @@ pub(super) fn words_of<T: Float>(out: &mut [T; 2 * LANES]) -> Option<&mut [u16; 
 
 /// How a byte is read as a number.
 pub(crate) trait Byte: Sync {
+    /// Whether it is an integer.
+    const INTEGER: bool = false;
     fn widen<S: Simd>(s: S, bytes: &[u8; LANES]) -> S::V;
 }
 
@@ -114,6 +121,8 @@ pub(crate) struct E4m3;
 pub(crate) struct E5m2;
 
 impl Byte for I8 {
+    const INTEGER: bool = true;
+
     #[inline(always)]
     fn widen<S: Simd>(s: S, bytes: &[u8; LANES]) -> S::V {
         s.widen_i8(bytes)
@@ -190,18 +199,18 @@ impl<'a, B: Byte> Format for Bytes<'a, B> {
         }
     }
 
-    // In f32 nothing is rounded: the scale can wait for the sum.
     #[inline(always)]
     fn pair<S: Simd>(&self, s: S, block: &Scaled<'a, S::V>, i: usize) -> [S::V; 2] {
-        match self.dtype {
-            Dtype::F32 => [B::widen(s, &block.bytes[2 * i]), B::widen(s, &block.bytes[2 * i + 1])],
-            _ => [self.values(s, block, 2 * i), self.values(s, block, 2 * i + 1)],
-        }
+        [B::widen(s, &block.bytes[2 * i]), B::widen(s, &block.bytes[2 * i + 1])]
     }
 
     #[inline(always)]
     fn factor(&self, row: usize) -> f32 {
-        if self.dtype == Dtype::F32 { self.scales.at(row) } else { 1.0 }
+        self.scales.at(row)
+    }
+
+    fn integers(&self) -> Option<Integers<'a>> {
+        if B::INTEGER { Integers::new(self.bytes, self.row) } else { None }
     }
 
     #[inline(always)]
@@ -245,6 +254,20 @@ impl<'a> Format for Absmax<'a> {
     fn values<S: Simd>(&self, s: S, block: &Scaled<'a, S::V>, i: usize) -> S::V {
         let scaled = s.mul(s.widen_i8(&block.bytes[i]), block.scale);
         self.dtype.round(s, s.mul(scaled, s.splat(self.step)))
+    }
+
+    #[inline(always)]
+    fn pair<S: Simd>(&self, s: S, block: &Scaled<'a, S::V>, i: usize) -> [S::V; 2] {
+        [s.widen_i8(&block.bytes[2 * i]), s.widen_i8(&block.bytes[2 * i + 1])]
+    }
+
+    #[inline(always)]
+    fn factor(&self, row: usize) -> f32 {
+        self.scales[row] * self.step
+    }
+
+    fn integers(&self) -> Option<Integers<'a>> {
+        Integers::new(self.bytes, self.row)
     }
 
     #[inline(always)]

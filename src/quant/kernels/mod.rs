@@ -18,6 +18,7 @@ mod few;
 mod float;
 mod formats;
 mod in_bf16;
+mod integers;
 mod many_bf16;
 mod nibbles;
 pub(crate) mod packing;
@@ -27,6 +28,7 @@ pub(crate) use codebook::{Codes, Double};
 pub(crate) use float::{Dtype, Float, Floats};
 pub(crate) use formats::{Absmax, Bytes, E4m3, E5m2, Format, Groups, I8};
 pub(crate) use in_bf16::InBf16;
+pub(crate) use integers::{Integers, multiply_integers};
 pub(crate) use nibbles::{Powers, Zeros, power};
 pub(crate) use unpack::{Tile, unpack, unpack_index};
 
@@ -44,7 +46,7 @@ const TOO_FEW_FOR_TILES: usize = 8;
 /// Whether [`product`] and [`product_transposed`] can do a weight with rows of
 /// `inn` elements, times so many rows.
 pub(crate) fn fits<F: InBf16, T: Float>(format: &F, inn: usize, rows: usize) -> bool {
-    rows <= FEW && whole_units::<F, f32>(format, inn)
+    (rows <= FEW || format.integers().is_some()) && whole_units::<F, f32>(format, inn)
         || T::DTYPE == Dtype::Bf16 && many_bf16::fits(format, inn).is_some()
 }
 
@@ -63,6 +65,11 @@ fn in_bf16<F: InBf16>(format: &F, inn: usize) -> bool {
 /// Whether the kernels do better than libtorch with any number of rows of this dtype.
 pub(crate) fn multiply_many(dtype: Dtype) -> bool {
     dtype == Dtype::Bf16 && Amx::detect().is_some()
+}
+
+/// The factors of all rows.
+fn factors<F: Format>(format: &F, rows: usize) -> Vec<f32> {
+    (0..rows).map(|row| format.factor(row)).collect()
 }
 
 /// Calls a kernel for 16, 8, 4, 2 or 1 rows at a time.
@@ -99,6 +106,11 @@ pub(crate) fn product<F: InBf16, T: Float>(format: &F, shape: [usize; 2], x: &[T
     {
         return many_bf16::product(amx, format, shape, x, y);
     }
+    if let Some(w) = format.integers()
+        && integers::product(&w, &factors(format, shape[0]), x, y)?
+    {
+        return Ok(());
+    }
     match T::as_bf16(x) {
         Some(x) if in_bf16(format, shape[1]) => {
             by_rows!(product::<bf16, bf16>, format, shape, x, shape[1], y, shape[0])
@@ -118,6 +130,11 @@ pub(crate) fn product_transposed<F: InBf16, T: Float>(
         && g.len() > TOO_FEW_FOR_TILES * shape[0]
     {
         return many_bf16::product_transposed(amx, format, shape, g, dx);
+    }
+    if let Some(w) = format.integers()
+        && integers::product_transposed(&w, &factors(format, shape[0]), g, dx)?
+    {
+        return Ok(());
     }
     match T::as_bf16(g) {
         Some(g) if in_bf16(format, shape[1]) => {
