@@ -10,7 +10,8 @@
 //! their order is that of the instruction set, so that products agree within
 //! the rounding of an f32 sum: at most `in · 2⁻²⁴` of `Σ |x · w|`. Where a
 //! processor multiplies bf16 (`arithmetic`, `many_bf16`), subnormal ones count as
-//! zero.
+//! zero; where it multiplies bytes (`integers`), x may lose `2⁻²³` of the largest
+//! of its row. Scales of whole rows are multiplied with the sums, in f32.
 
 mod arithmetic;
 mod codebook;

@@ -1,0 +1,134 @@
+//! x · Wᵀ: rows of W by rows of x, sixty-four columns at a time.
+
+use super::super::Float;
+use super::{Integers, LIMBS, ROWS, Row, join, split};
+use crate::error::Result;
+use crate::ffi::compute::{Columns, for_each_columns};
+use crate::ffi::simd::{BYTES, DotI8, I8Kernel, Simd, dispatch_i8};
+
+/// Rows of x that stay in the second-level cache while they are multiplied by [`PART`] rows of W.
+const BLOCK: usize = 16;
+/// Rows of W that a thread takes at a time.
+const PART: usize = 32;
+
+/// y = x · Wᵀ, with these factors of the rows of W; answers whether x could be integers.
+pub(in crate::quant::kernels) fn product<T: Float>(
+    w: &Integers,
+    factors: &[f32],
+    x: &[T],
+    y: &mut [T],
+) -> Result<bool> {
+    let out = w.rows();
+    for (x, y) in x.chunks(ROWS * w.row).zip(y.chunks_mut(ROWS * out)) {
+        let Some(x) = split(x, w.row, None)? else { return Ok(false) };
+        for_each_columns(y, out, PART, |i, y| dispatch_i8(Product { w, factors, first: i * PART, x: &x, y }))?;
+    }
+    Ok(true)
+}
+
+struct Product<'a, T> {
+    w: &'a Integers<'a>,
+    factors: &'a [f32],
+    /// The first row of W.
+    first: usize,
+    x: &'a [Row],
+    y: Columns<'a, T>,
+}
+
+impl<T: Float> I8Kernel for Product<'_, T> {
+    #[inline(always)]
+    fn run<D: DotI8>(mut self, d: D) {
+        let rows = self.y.len();
+        let mut offsets = [d.zero(); PART];
+        for (i, offset) in offsets.iter_mut().enumerate().take(rows) {
+            *offset = offset_of(d, self.w.row(self.first + i));
+        }
+        for (block, x) in self.x.chunks(BLOCK).enumerate() {
+            let mut i = 0;
+            while i + 4 <= rows {
+                self.rows::<D, 4>(d, i, &offsets, block * BLOCK, x);
+                i += 4;
+            }
+            while i < rows {
+                self.rows::<D, 1>(d, i, &offsets, block * BLOCK, x);
+                i += 1;
+            }
+        }
+    }
+}
+
+/// What the 2²³ in each element of x adds to the sums of the high bytes, to be taken away.
+#[inline(always)]
+fn offset_of<D: DotI8>(d: D, w: &[[u8; BYTES]]) -> D::Sums {
+    let (ones, mut sums) = (d.splat([1; 4]), [d.zero(); 2]);
+    let (pairs, last) = w.as_chunks::<2>();
+    for [a, b] in pairs {
+        sums = [d.dot(ones, d.load(a), sums[0]), d.dot(ones, d.load(b), sums[1])];
+    }
+    for w in last {
+        sums[0] = d.dot(ones, d.load(w), sums[0]);
+    }
+    d.times_minus_128(d.add(sums[0], sums[1]))
+}
+
+// The loops over `0..M`, `0..N` and the like below are unrolled into registers; iterators
+// and closures of the standard library would not be inlined for certain.
+
+impl<T: Float> Product<'_, T> {
+    /// The products of `M` rows of W with a block of x, which begins at row `n`.
+    #[inline(always)]
+    fn rows<D: DotI8, const M: usize>(&mut self, d: D, i: usize, offsets: &[D::Sums; PART], n: usize, x: &[Row]) {
+        let (pairs, last) = x.as_chunks::<2>();
+        for (pair, x) in pairs.iter().enumerate() {
+            self.dot::<D, M, 2>(d, i, offsets, n + 2 * pair, x);
+        }
+        for one in last {
+            self.dot::<D, M, 1>(d, i, offsets, n + x.len() - 1, std::array::from_ref(one));
+        }
+    }
+
+    /// The products of `M` rows of W with `N` of x.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
+    fn dot<D: DotI8, const M: usize, const N: usize>(
+        &mut self,
+        d: D,
+        i: usize,
+        offsets: &[D::Sums; PART],
+        first: usize,
+        x: &[Row; N],
+    ) {
+        let (s, units) = (d.simd(), self.w.row / BYTES);
+        let mut w = [self.w.row(self.first + i); M];
+        let mut lines = [&x[0].lines[..units]; N];
+        let mut sums = [[[d.zero(); LIMBS]; N]; M];
+        for m in 0..M {
+            w[m] = &self.w.row(self.first + i + m)[..units];
+            for n in 0..N {
+                lines[n] = &x[n].lines[..units];
+                sums[m][n][0] = offsets[i + m];
+            }
+        }
+        for u in 0..units {
+            let mut values = [d.load(&w[0][u]); M];
+            for m in 1..M {
+                values[m] = d.load(&w[m][u]);
+            }
+            for n in 0..N {
+                for k in 0..LIMBS {
+                    let x = d.load(&lines[n][u][k].0);
+                    for m in 0..M {
+                        sums[m][n][k] = d.dot(x, values[m], sums[m][n][k]);
+                    }
+                }
+            }
+        }
+        for n in 0..N {
+            let scale = x[n].scale.unwrap_or_default();
+            let y = &mut self.y.row(first + n)[i..i + M];
+            for m in 0..M {
+                y[m] = T::from_f32(s.sum(join(d, sums[m][n])) * scale * self.factors[self.first + i + m]);
+            }
+        }
+    }
+}
