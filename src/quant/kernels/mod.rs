@@ -44,6 +44,9 @@ pub(crate) const FEW: usize = 16;
 /// Rows up to which tile registers gain nothing.
 const TOO_FEW_FOR_TILES: usize = 8;
 
+/// Rows of g up to which laying W side by side for integers takes longer than f32.
+const TOO_FEW_FOR_INTEGERS: usize = 3;
+
 /// Whether [`product`] and [`product_transposed`] can do a weight with rows of
 /// `inn` elements, times so many rows.
 pub(crate) fn fits<F: InBf16, T: Float>(format: &F, inn: usize, rows: usize) -> bool {
@@ -132,7 +135,8 @@ pub(crate) fn product_transposed<F: InBf16, T: Float>(
     {
         return many_bf16::product_transposed(amx, format, shape, g, dx);
     }
-    if let Some(w) = format.integers()
+    if g.len() > TOO_FEW_FOR_INTEGERS * shape[0]
+        && let Some(w) = format.integers()
         && integers::product_transposed(&w, &factors(format, shape[0]), g, dx)?
     {
         return Ok(());

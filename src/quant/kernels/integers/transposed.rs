@@ -12,14 +12,12 @@ const STRIP: usize = 4;
 const DEPTH: usize = 4 * BYTES;
 /// Rows of W that an instruction takes.
 const FOUR: usize = 4;
-/// Rows of g below which W goes through the f32 kernels faster than side by side.
-const TOO_FEW: usize = 4;
 
 /// Sixteen sums.
 type Lanes = Line<[i32; LANES]>;
 const ZERO: Lanes = Line([0; LANES]);
 
-/// dX = g · W, with these factors of the rows of W; answers whether it did: if g, by these, could be integers, and has some rows.
+/// dX = g · W, with these factors of the rows of W; answers whether g, by these, could be integers.
 pub(in crate::quant::kernels) fn product_transposed<T: Float>(
     w: &Integers,
     factors: &[f32],
@@ -27,9 +25,6 @@ pub(in crate::quant::kernels) fn product_transposed<T: Float>(
     dx: &mut [T],
 ) -> Result<bool> {
     let (out, units, threads) = (w.rows(), w.row / BYTES, threads());
-    if g.len() < TOO_FEW * out {
-        return Ok(false);
-    }
     let strip = units.div_ceil(threads * units.div_ceil(threads * STRIP));
     for (g, dx) in g.chunks(ROWS * out).zip(dx.chunks_mut(ROWS * w.row)) {
         let Some(g) = split(g, out, Some(factors))? else { return Ok(false) };
