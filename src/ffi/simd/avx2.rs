@@ -72,6 +72,7 @@ impl Simd for Avx2 {
     type V = V;
     /// The lower bytes of the words, and the upper ones, in each half.
     type Words = [__m256i; 2];
+    const SUMS: usize = 6;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -81,6 +82,12 @@ impl Simd for Avx2 {
         }
         // SAFETY: see above.
         unsafe { run(self, kernel) }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, from: &T) {
+        // SAFETY: every x86-64 processor has it, and it touches nothing that can be seen.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(from).cast()) }
     }
 
     #[inline(always)]

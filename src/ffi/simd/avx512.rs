@@ -28,6 +28,7 @@ impl Simd for Avx512 {
     type V = __m512;
     /// Twice over, for look-ups by five bits.
     type Words = __m512i;
+    const SUMS: usize = 16;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {

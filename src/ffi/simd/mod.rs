@@ -45,6 +45,9 @@ pub(crate) trait Simd: Packing<<Self as Simd>::V> + Send + Sync + 'static {
     /// Sixteen words, to look up in.
     type Words: Copy;
 
+    /// Sums of sixteen lanes for which there are registers, beside what is multiplied.
+    const SUMS: usize;
+
     /// Runs a kernel compiled for this instruction set.
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
 
@@ -162,14 +165,14 @@ pub(crate) fn products_of_f16() -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use half::{bf16, f16};
     use tch::{Kind, Tensor};
 
     /// Runs a kernel on every instruction set of this processor; the first is
     /// the portable one.
-    fn on_all<K: Kernel + Copy>(kernel: K) -> Vec<K::Output> {
+    pub(crate) fn on_all<K: Kernel + Copy>(kernel: K) -> Vec<K::Output> {
         let mut outputs = vec![Portable.vectorize(kernel)];
         #[cfg(target_arch = "x86_64")]
         {

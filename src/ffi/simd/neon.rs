@@ -71,6 +71,7 @@ impl Simd for Neon {
     type V = V;
     /// The lower bytes of the words, and the upper ones.
     type Words = [uint8x16_t; 2];
+    const SUMS: usize = 6;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {

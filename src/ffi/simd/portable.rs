@@ -29,6 +29,7 @@ pub(super) fn e5m2(byte: u8) -> f32 {
 impl Simd for Portable {
     type V = V;
     type Words = [u16; LANES];
+    const SUMS: usize = 2;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {

@@ -122,15 +122,25 @@ impl<F: Format> Element<F> for f32 {
     }
 
     fn run(product: impl Multiplies<F, f32>) {
-        struct Run<P, F>(P, PhantomData<F>);
-        impl<F: Format, P: Multiplies<F, f32>> Kernel for Run<P, F> {
-            type Output = ();
-            #[inline(always)]
-            fn run<S: Simd>(self, s: S) {
-                self.0.run(InF32(s));
-            }
-        }
-        dispatch(Run(product, PhantomData));
+        dispatch(RunF32::new(product));
+    }
+}
+
+/// A product in f32.
+pub(super) struct RunF32<P, F>(P, PhantomData<F>);
+
+impl<P: Multiplies<F, f32>, F: Format> RunF32<P, F> {
+    pub(super) fn new(product: P) -> Self {
+        RunF32(product, PhantomData)
+    }
+}
+
+impl<F: Format, P: Multiplies<F, f32>> Kernel for RunF32<P, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.0.run(InF32(s));
     }
 }
 

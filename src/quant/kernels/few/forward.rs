@@ -1,27 +1,36 @@
-//! Products with few rows: values go from the packed bytes through registers
-//! into the sums, and no decoded weight is written anywhere.
-//!
-//! For weights whose rows are whole blocks of a multiple of a unit's elements.
-//! Sums are in f32, in an order that depends on the shapes and the instruction
-//! set only, not on the number of threads.
+//! y = x · Wᵀ of few rows.
 
-use super::arithmetic::{Arithmetic, Element, Lanes, Multiplies, Unit};
-use super::{Float, Format};
+use super::STRIP;
 use crate::error::Result;
-use crate::ffi::compute::{for_each_chunk, threads};
+use crate::ffi::compute::for_each_chunk;
 use crate::ffi::simd::{Packing, Simd};
+use crate::quant::kernels::arithmetic::{Arithmetic, Element, Lanes, Multiplies, Unit};
+use crate::quant::kernels::{Float, Format};
 
 /// Weight rows that a thread takes at a time.
 const PART: usize = 32;
-/// Bytes of x or of dX, all rows together, that stay in the first-level cache.
-const STRIP: usize = 24 << 10;
+/// Units of W whose values wait in the cache: as many as a strip has of eight rows.
+const CACHED: usize = STRIP / (8 * size_of::<Unit<f32>>());
+/// Rows of W whose bytes are asked for before they are read, where a strip takes long.
+const AHEAD: usize = 4;
 
 /// y = x · Wᵀ for `N` rows.
-pub(super) fn product<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
+pub(in crate::quant::kernels) fn product<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
+    format: &F,
+    shape: [usize; 2],
+    x: &[X],
+    y: &mut [T],
+) -> Result<()> {
+    product_by(format, shape, x, y, |part: Product<F, E, N>| E::run(part))
+}
+
+/// The same by whatever runs its parts.
+pub(super) fn product_by<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
     format: &F,
     [out, inn]: [usize; 2],
     x: &[X],
     y: &mut [T],
+    run: impl Fn(Product<F, E, N>) + Sync,
 ) -> Result<()> {
     // The rows side by side, unit by unit.
     let mut units = vec![[Unit::<E>::default(); N]; inn / E::UNIT];
@@ -34,7 +43,7 @@ pub(super) fn product<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, con
     }
     let mut columns = vec![[0f32; N]; out];
     for_each_chunk(&mut columns, PART, |i, columns| {
-        E::run(Product { format, row: i * PART, x: &units, columns });
+        run(Product { format, row: i * PART, x: &units, columns });
     })?;
     for (n, y) in y.chunks_exact_mut(out).enumerate() {
         y.iter_mut().zip(&columns).for_each(|(to, from)| *to = T::from_f32(from[n]));
@@ -42,7 +51,7 @@ pub(super) fn product<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, con
     Ok(())
 }
 
-struct Product<'a, F: Format, E: Element<F>, const N: usize> {
+pub(super) struct Product<'a, F: Format, E: Element<F>, const N: usize> {
     format: &'a F,
     /// The first row of W.
     row: usize,
@@ -61,10 +70,13 @@ impl<F: Format, E: Element<F>, const N: usize> Multiplies<F, E> for Product<'_, 
         let strip = (STRIP / size_of::<[Unit<E>; N]>()).max(1);
         for (i, x) in self.x.chunks(strip).enumerate() {
             // As many sums as there are registers for.
-            match N {
-                1..=4 => self.rows::<A, 4>(a, x, i * strip, sums),
-                8 => self.rows::<A, 2>(a, x, i * strip, sums),
-                _ => self.rows::<A, 1>(a, x, i * strip, sums),
+            match (N, A::S::SUMS) {
+                (1..=4, 16..) => self.rows::<A, 4>(a, x, i * strip, sums),
+                (8, 16..) => self.rows::<A, 2>(a, x, i * strip, sums),
+                (_, 16..) => self.rows::<A, 1>(a, x, i * strip, sums),
+                (1, _) => self.rows::<A, 2>(a, x, i * strip, sums),
+                (2..=4, _) => self.rows::<A, 1>(a, x, i * strip, sums),
+                _ => self.rows_by_cache(a, x, i * strip, sums),
             }
         }
         for (row, (column, sums)) in self.columns.iter_mut().zip(sums).enumerate() {
@@ -115,7 +127,7 @@ impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
         let blocks = self.x.len() / units;
         let (mut b, mut first) = (unit / units, unit % units);
         // Two chains of sums where these are few, so that one addition need not wait for another.
-        let second = if M * N < 8 { 1 } else { 0 };
+        let second = if 2 * M * N < A::S::SUMS { 1 } else { 0 };
         let mut acc = [[[s.splat(0.0); 2]; N]; M];
         for m in 0..M {
             for n in 0..N {
@@ -150,95 +162,73 @@ impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
             }
         }
     }
-}
 
-/// dX = g · W for `N` rows.
-pub(super) fn product_transposed<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
-    format: &F,
-    [out, inn]: [usize; 2],
-    g: &[X],
-    dx: &mut [T],
-) -> Result<()> {
-    // As many rows of W as are multiplied at once; the last ones that are not there are multiplied by zero.
-    let mut groups = vec![[E::Group::default(); N]; out.div_ceil(E::ROWS)];
-    for (n, g) in g.chunks_exact(out).enumerate() {
-        for (row, g) in g.iter().enumerate() {
-            groups[row / E::ROWS][n].as_mut()[row % E::ROWS] = E::scaled((*g).into(), format, row);
-        }
-    }
-    // As many strips as share evenly among the threads; each column is summed
-    // by one thread from top to bottom, so that their number changes nothing.
-    let (units, threads) = (inn / E::UNIT, threads());
-    let most = (STRIP / size_of::<[E::Sums; N]>()).max(1);
-    let strip = units.div_ceil(threads * units.div_ceil(threads * most).max(1));
-    let mut columns = vec![[E::Sums::default(); N]; units];
-    for_each_chunk(&mut columns, strip, |i, columns| {
-        E::run(Transposed { format, shape: [out, inn], first: i * strip, g: &groups, columns });
-    })?;
-    for (n, dx) in dx.chunks_exact_mut(inn).enumerate() {
-        for (to, from) in dx.chunks_exact_mut(E::UNIT).zip(&columns) {
-            for (part, sums) in from[n].as_ref().iter().enumerate() {
-                sums.0.iter().enumerate().for_each(|(i, sum)| to[E::place_of_sum(part, i)] = T::from_f32(*sum));
-            }
-        }
-    }
-    Ok(())
-}
-
-struct Transposed<'a, F: Format, E: Element<F>, const N: usize> {
-    format: &'a F,
-    shape: [usize; 2],
-    /// The first unit of the strip.
-    first: usize,
-    g: &'a [[E::Group; N]],
-    columns: &'a mut [[E::Sums; N]],
-}
-
-impl<F: Format, E: Element<F>, const N: usize> Multiplies<F, E> for Transposed<'_, F, E, N> {
+    /// As [`rows`](Self::rows), where the sums of all rows of x are too many for the registers: values of two rows
+    /// of W wait in the cache, for two rows of x at a time.
     #[inline(always)]
-    fn run<A: Arithmetic<F, Element = E>>(mut self, a: A) {
-        let (groups, rest) = self.g.as_chunks::<4>();
-        for (i, g) in groups.iter().enumerate() {
-            self.accumulate::<A, 4>(a, i * 4 * E::ROWS, g);
+    fn rows_by_cache<A: Arithmetic<F, Element = E>>(
+        &self,
+        a: A,
+        x: &[[Unit<E>; N]],
+        unit: usize,
+        sums: &mut [[Lanes; N]],
+    ) {
+        let zero = a.load(&E::ZERO);
+        let (groups, rest) = sums.as_chunks_mut();
+        let rest_row = self.row + groups.len() * 2;
+        let mut values = [[[zero; 2]; 2]; CACHED];
+        for (i, group) in groups.iter_mut().enumerate() {
+            self.dot_by_cache(a, [self.row + i * 2, unit], x, &mut values[..x.len()], group);
         }
-        for (i, g) in rest.iter().enumerate() {
-            self.accumulate::<A, 1>(a, (groups.len() * 4 + i) * E::ROWS, std::array::from_ref(g));
+        let mut values = [[[zero; 2]; 1]; CACHED];
+        for (i, sums) in rest.iter_mut().enumerate() {
+            self.dot_by_cache(a, [rest_row + i, unit], x, &mut values[..x.len()], std::array::from_mut(sums));
         }
     }
-}
 
-impl<F: Format, E: Element<F>, const N: usize> Transposed<'_, F, E, N> {
-    /// Adds `g · W` of `M` groups of rows of W, from `row` on.
+    /// As [`dot`](Self::dot), through `values`, one for each unit of x.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
-    fn accumulate<A: Arithmetic<F, Element = E>, const M: usize>(&mut self, a: A, row: usize, g: &[[E::Group; N]; M]) {
-        let (s, [out, inn]) = (a.simd(), self.shape);
+    fn dot_by_cache<A: Arithmetic<F, Element = E>, const M: usize>(
+        &self,
+        a: A,
+        [row, unit]: [usize; 2],
+        x: &[[Unit<E>; N]],
+        values: &mut [[[A::V; 2]; M]],
+        sums: &mut [[Lanes; N]; M],
+    ) {
+        let s = a.simd();
         let units = self.format.block_len() / E::UNIT;
-        let blocks = inn / self.format.block_len();
-        let (mut b, mut first) = (self.first / units, self.first % units);
-        let mut columns = &mut *self.columns;
-        while !columns.is_empty() {
-            let mut block = [a.blocks(self.format, [row, out], blocks, b); M];
-            for m in 1..M {
-                block[m] = a.blocks(self.format, [row + m * E::ROWS, out], blocks, b);
-            }
-            let (part, rest) = columns.split_at_mut((units - first).min(columns.len()));
-            for (i, column) in part.iter_mut().enumerate() {
-                let mut w = [a.rows(self.format, &block[0], first + i); M];
-                for m in 1..M {
-                    w[m] = a.rows(self.format, &block[m], first + i);
+        let blocks = self.x.len() / units;
+        for m in 0..M {
+            let ahead = ((row + AHEAD + m) * self.x.len() + unit) * E::UNIT;
+            self.format.prefetch(s, ahead..ahead + x.len() * E::UNIT);
+            let (mut b, mut first, mut rest) = (unit / units, unit % units, &mut *values);
+            while !rest.is_empty() {
+                let block = a.block(self.format, (row + m) * blocks + b);
+                let (part, after) = rest.split_at_mut((units - first).min(rest.len()));
+                for (i, values) in part.iter_mut().enumerate() {
+                    values[m] = a.values(self.format, &block, first + i);
                 }
-                for n in 0..N {
-                    for (k, sum) in column[n].as_mut().iter_mut().enumerate() {
-                        let mut v = s.load(&sum.0);
-                        for m in 0..M {
-                            v = a.multiply_add(w[m].as_ref()[k], a.splat(g[m][n]), v);
-                        }
-                        s.store(v, &mut sum.0);
+                (b, first, rest) = (b + 1, 0, after);
+            }
+        }
+        for n in (0..N).step_by(2) {
+            let mut acc = [[s.splat(0.0); 2]; M];
+            for (w, x) in values.iter().zip(x) {
+                for k in 0..2 {
+                    let x = [a.load(&x[n].0[k]), a.load(&x[n + 1].0[k])];
+                    for m in 0..M {
+                        acc[m][0] = a.multiply_add(w[m][k], x[0], acc[m][0]);
+                        acc[m][1] = a.multiply_add(w[m][k], x[1], acc[m][1]);
                     }
                 }
             }
-            (b, first, columns) = (b + 1, 0, rest);
+            for m in 0..M {
+                for (sum, acc) in sums[m][n..n + 2].iter_mut().zip(acc[m]) {
+                    s.store(s.add(s.load(&sum.0), acc), &mut sum.0);
+                }
+            }
         }
     }
 }
