@@ -28,6 +28,8 @@ pub struct Figures {
     pub linear: Vec<Row>,
     /// The same, on another processor.
     pub linear_amd: Vec<Row>,
+    /// On an AMD EPYC without AVX-512.
+    pub linear_avx2: Vec<Row>,
     /// Of bf16 in tile registers (AMX).
     pub linear_amx: Vec<Row>,
     /// On a Xeon without them.
@@ -50,6 +52,7 @@ impl Figures {
             quantization: file("quantization.csv")?,
             linear: file("linear.csv")?,
             linear_amd: file("linear_amd.csv")?,
+            linear_avx2: file("linear_avx2.csv")?,
             linear_amx: file("linear_amx.csv")?,
             linear_no_amx: file("linear_no_amx.csv")?,
             memory: file("memory.csv")?,
