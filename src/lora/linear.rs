@@ -115,14 +115,14 @@ pub(super) fn adapted(map: LinearMap, x: &Tensor, bias: Option<&Tensor>, low_ran
     let (y, u, mask) = {
         let _no_grad = tch::no_grad_guard();
         let x = &rows.matrix.f_to_kind(kind)?;
-        let mut y = map.apply(x, bias)?;
+        // One sum, so that y is rounded once less.
+        let b_bias = b_bias.as_ref().map(|b_bias| b_bias.f_mul_scalar(scaling)).transpose()?;
+        let both = bias.zip(b_bias.as_ref()).map(|(bias, b_bias)| bias.f_add(b_bias)).transpose()?;
+        let mut y = map.apply(x, both.as_ref().or(b_bias.as_ref()).or(bias))?;
         let mask = if p == 0.0 { None } else { Some(draw_mask(x, p)?) };
         let dropped = mask.as_ref().map_or(Ok(x.shallow_clone()), |mask| keep(x, mask))?;
         let u = products.down(&dropped, a)?;
         products.add_up(&mut y, &u, b, scaling / (1.0 - p))?;
-        if let Some(bias) = b_bias {
-            let _ = y.f_add_(&bias.f_mul_scalar(scaling)?.f_to_kind(kind)?)?;
-        }
         (rows.reshape(&y.f_to_kind(rows.matrix.f_kind()?)?)?, u, mask)
     };
     let biases: Vec<&Tensor> = bias.into_iter().chain(b_bias).collect();

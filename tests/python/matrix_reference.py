@@ -242,6 +242,7 @@ def merged(model, case: Case, x: torch.Tensor, record: dict) -> str:
         case.defects.append("a merge into 4 bits packs again, which loses most of a small change")
         return "wrong"
     once = copy.deepcopy(model).float()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
         model.merge_adapter()
         once.merge_adapter()
@@ -257,6 +258,9 @@ def merged(model, case: Case, x: torch.Tensor, record: dict) -> str:
         case.defects.append("a merge of bf16 factors rounds their product to bf16, and the sum again: rounded once")
         record["merged"] = call(once, case, x)
     model.unmerge_adapter()
+    if case.dtype != torch.float32 and any(not torch.equal(before[k], v) for k, v in model.state_dict().items()):
+        case.defects.append("unmerging from bf16 leaves what the sums rounded away: given the weights of before")
+        model.load_state_dict(before)
     record["unmerged"] = call(model, case, x)
     return "same"
 
