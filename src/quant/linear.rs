@@ -9,6 +9,7 @@ use super::{LinearMap, PackedWeight, cpu, gemm, tiles};
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
 use crate::ffi::runtime::autocast_kind;
+use crate::ffi::simd::multiplies_bf16_faster;
 use tch::{Device, Kind, Tensor};
 
 /// A dense weight as the matrix that products see, if it is of their dtype:
@@ -23,8 +24,8 @@ fn dense_matrix(weight: &dyn PackedWeight, kind: Kind) -> Result<Option<Tensor>>
 
 /// Rows up to which the kernels' own products are the faster ones: beyond, a
 /// tile is unpacked once for all rows. libtorch's x·Wᵀ of 16-bit numbers wins
-/// earlier, with twice the arithmetic in an instruction or more; its g·W of so
-/// few rows doesn't.
+/// earlier, with twice the arithmetic in an instruction or more, unless the kernels
+/// have that too; its g·W of so few rows doesn't.
 const FEW: i64 = 16;
 const FEW_OF_16_BITS: i64 = 8;
 
@@ -32,7 +33,8 @@ const FEW_OF_16_BITS: i64 = 8;
 fn few(weight: &dyn PackedWeight, kind: Kind, device: Device, transposed: bool) -> i64 {
     match device {
         Device::Cpu if cpu::multiplies_many(weight, kind) => i64::MAX,
-        Device::Cpu if !transposed && kind != Kind::Float && kind == gemm::product_kind(kind, device) => FEW_OF_16_BITS,
+        Device::Cpu if transposed || kind == Kind::BFloat16 && multiplies_bf16_faster() => FEW,
+        Device::Cpu if kind != Kind::Float && kind == gemm::product_kind(kind, device) => FEW_OF_16_BITS,
         // A card's kernels are bound by its memory up to the same number in any dtype.
         _ => FEW,
     }

@@ -63,6 +63,19 @@ impl Avx2 {
         // SAFETY: see below.
         unsafe { [_mm_loadl_epi64(bytes.as_ptr().cast()), _mm_loadl_epi64(bytes.as_ptr().add(8).cast())] }
     }
+
+    /// `decode_e4m3`, over 256.
+    #[inline(always)]
+    fn e4m3_over_256(self, bytes: &[u8; LANES]) -> V {
+        // See `portable::e4m3`.
+        // SAFETY: see below.
+        both!(self.halves(bytes), |half| unsafe {
+            let words = _mm_cvtepu8_epi16(half);
+            let sign = _mm_slli_epi16::<8>(_mm_and_si128(words, _mm_set1_epi16(0x80)));
+            let rest = _mm_slli_epi16::<7>(_mm_and_si128(words, _mm_set1_epi16(0x7f)));
+            _mm256_cvtph_ps(_mm_or_si128(sign, rest))
+        })
+    }
 }
 
 // SAFETY, for every block in this file: an `Avx2` is made by `detect` only, so
@@ -246,14 +259,13 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn decode_e4m3(self, bytes: &[u8; LANES]) -> V {
-        // See `portable::e4m3`.
-        // SAFETY: see above.
-        both!(self.halves(bytes), |half| unsafe {
-            let words = _mm_cvtepu8_epi16(half);
-            let sign = _mm_slli_epi16::<8>(_mm_and_si128(words, _mm_set1_epi16(0x80)));
-            let rest = _mm_slli_epi16::<7>(_mm_and_si128(words, _mm_set1_epi16(0x7f)));
-            _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, rest)), _mm256_set1_ps(256.0))
-        })
+        let times = self.splat(256.0);
+        self.mul(self.e4m3_over_256(bytes), times)
+    }
+
+    #[inline(always)]
+    fn decode_e4m3_over_256(self, bytes: &[[u8; LANES]; 2]) -> [V; 2] {
+        [self.e4m3_over_256(&bytes[0]), self.e4m3_over_256(&bytes[1])]
     }
 
     #[inline(always)]

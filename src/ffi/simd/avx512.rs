@@ -217,6 +217,16 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn decode_e4m3_over_256(self, bytes: &[[u8; LANES]; 2]) -> [__m512; 2] {
+        // SAFETY: see above.
+        unsafe {
+            let words = _mm512_slli_epi16::<7>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(bytes.as_ptr().cast())));
+            let halves = _mm512_and_si512(words, _mm512_set1_epi16(!0x4000));
+            [_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(halves))]
+        }
+    }
+
+    #[inline(always)]
     fn decode_e5m2(self, bytes: &[u8; LANES]) -> __m512 {
         // SAFETY: see above.
         unsafe {

@@ -98,6 +98,12 @@ pub(crate) trait Simd: Packing<<Self as Simd>::V> + Send + Sync + 'static {
     /// Bytes of the float with 4 exponent and 3 mantissa bits, finite values
     /// only (`e4m3fn`).
     fn decode_e4m3(self, bytes: &[u8; LANES]) -> Self::V;
+    /// The same of twice as many, over 256: a power of two that a scale can take in.
+    #[inline(always)]
+    fn decode_e4m3_over_256(self, bytes: &[[u8; LANES]; 2]) -> [Self::V; 2] {
+        let over = self.splat(1.0 / 256.0);
+        [self.mul(self.decode_e4m3(&bytes[0]), over), self.mul(self.decode_e4m3(&bytes[1]), over)]
+    }
     /// Bytes of the float with 5 exponent and 2 mantissa bits.
     fn decode_e5m2(self, bytes: &[u8; LANES]) -> Self::V;
 }
@@ -127,6 +133,19 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
         return s.vectorize(kernel);
     }
     Portable.vectorize(kernel)
+}
+
+/// [`Simd::SUMS`] of this processor.
+pub(crate) fn registers_for_sums() -> usize {
+    struct Registers;
+    impl Kernel for Registers {
+        type Output = usize;
+
+        fn run<S: Simd>(self, _: S) -> usize {
+            S::SUMS
+        }
+    }
+    dispatch(Registers)
 }
 
 /// Whether this is an x86 processor with AVX2 or more that is not Intel's.
@@ -239,6 +258,10 @@ pub(crate) mod tests {
             wide[5] = pair.map(bf16::to_bits);
             keep(s.widen_i8(bytes));
             keep(s.decode_e4m3(bytes));
+            let reversed = std::array::from_fn(|i| bytes[LANES - 1 - i]);
+            let [first, second] = s.decode_e4m3_over_256(&[*bytes, reversed]);
+            keep(first);
+            keep(second);
             keep(s.decode_e5m2(bytes));
             let (mut b, mut f) = ([bf16::ZERO; LANES], [f16::ZERO; LANES]);
             s.store_bf16(v, &mut b);

@@ -27,6 +27,18 @@ impl<E: Vector> Default for Unit<E> {
     }
 }
 
+impl<E: Vector> Unit<E> {
+    /// Takes a unit of a row of x, in the order of a format.
+    pub(super) fn fill<F: Format, X: Copy + Into<E>>(&mut self, from: &[X])
+    where
+        E: Element<F>,
+    {
+        for (k, part) in self.0.iter_mut().enumerate() {
+            part.as_mut().iter_mut().enumerate().for_each(|(i, to)| *to = from[E::place(k, i)].into());
+        }
+    }
+}
+
 /// An element that fills vectors.
 pub(super) trait Vector: Float {
     /// The elements of one.

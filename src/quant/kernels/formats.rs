@@ -108,6 +108,13 @@ pub(crate) trait Byte: Sync {
     /// Whether it is an integer.
     const INTEGER: bool = false;
     fn widen<S: Simd>(s: S, bytes: &[u8; LANES]) -> S::V;
+
+    /// A power of two, by which twice as many are smaller, as [`widen_over`](Self::widen_over) answers them.
+    const OVER: f32 = 1.0;
+    #[inline(always)]
+    fn widen_over<S: Simd>(s: S, bytes: &[[u8; LANES]; 2]) -> [S::V; 2] {
+        [Self::widen(s, &bytes[0]), Self::widen(s, &bytes[1])]
+    }
 }
 
 /// A signed integer.
@@ -133,6 +140,13 @@ impl Byte for E4m3 {
     #[inline(always)]
     fn widen<S: Simd>(s: S, bytes: &[u8; LANES]) -> S::V {
         s.decode_e4m3(bytes)
+    }
+
+    const OVER: f32 = 256.0;
+
+    #[inline(always)]
+    fn widen_over<S: Simd>(s: S, bytes: &[[u8; LANES]; 2]) -> [S::V; 2] {
+        s.decode_e4m3_over_256(bytes)
     }
 }
 
@@ -201,12 +215,12 @@ impl<'a, B: Byte> Format for Bytes<'a, B> {
 
     #[inline(always)]
     fn pair<S: Simd>(&self, s: S, block: &Scaled<'a, S::V>, i: usize) -> [S::V; 2] {
-        [B::widen(s, &block.bytes[2 * i]), B::widen(s, &block.bytes[2 * i + 1])]
+        B::widen_over(s, &block.bytes.as_chunks().0[i])
     }
 
     #[inline(always)]
     fn factor(&self, row: usize) -> f32 {
-        self.scales.at(row)
+        self.scales.at(row) * B::OVER
     }
 
     fn integers(&self) -> Option<Integers<'a>> {

@@ -18,6 +18,9 @@ pub(crate) trait InBf16: Format {
     /// What the elements of a block share, and their bytes.
     type BlockOf<D: DotBf16>: Copy;
 
+    /// Rows up to which making bf16 of the values takes longer than f32 products save.
+    const TOO_FEW: usize = 0;
+
     /// The dtype of the weight: what is answered are its values if it is bf16.
     fn dtype(&self) -> Dtype;
 
@@ -116,18 +119,17 @@ impl<'a> InBf16 for Groups<'a> {
     }
 }
 
-/// Sixty-four numbers of one byte each, by a factor.
+/// Sixty-four numbers of one byte each, over [`Byte::OVER`], by a factor.
 #[inline(always)]
 fn scaled<B: Byte, D: DotBf16>(d: D, bytes: &[u8; QUAD], scale: impl Fn(V<D>) -> V<D>) -> [D::P; 2] {
-    let (s, bytes) = (d.simd(), bytes.as_chunks().0);
-    [
-        d.pack([scale(B::widen(s, &bytes[0])), scale(B::widen(s, &bytes[1]))]),
-        d.pack([scale(B::widen(s, &bytes[2])), scale(B::widen(s, &bytes[3]))]),
-    ]
+    let (s, bytes) = (d.simd(), bytes.as_chunks().0.as_chunks().0);
+    let ([p, q], [r, t]) = (B::widen_over(s, &bytes[0]), B::widen_over(s, &bytes[1]));
+    [d.pack([scale(p), scale(q)]), d.pack([scale(r), scale(t)])]
 }
 
 impl<'a, B: Byte> InBf16 for Bytes<'a, B> {
     type BlockOf<D: DotBf16> = Scaled<'a, V<D>>;
+    const TOO_FEW: usize = 4;
 
     fn dtype(&self) -> Dtype {
         self.dtype
@@ -135,7 +137,8 @@ impl<'a, B: Byte> InBf16 for Bytes<'a, B> {
 
     #[inline(always)]
     fn block_in_bf16<D: DotBf16>(&self, d: D, index: usize) -> Scaled<'a, V<D>> {
-        self.block(d.simd(), index)
+        let (s, Scaled { scale, bytes }) = (d.simd(), self.block(d.simd(), index));
+        Scaled { scale: s.mul(scale, s.splat(B::OVER)), bytes }
     }
 
     #[inline(always)]
@@ -152,6 +155,7 @@ impl<'a, B: Byte> InBf16 for Bytes<'a, B> {
 
 impl<'a> InBf16 for Absmax<'a> {
     type BlockOf<D: DotBf16> = Scaled<'a, V<D>>;
+    const TOO_FEW: usize = 4;
 
     fn dtype(&self) -> Dtype {
         self.dtype

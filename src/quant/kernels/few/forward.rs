@@ -9,10 +9,6 @@ use crate::quant::kernels::{Float, Format};
 
 /// Weight rows that a thread takes at a time.
 const PART: usize = 32;
-/// Units of W whose values wait in the cache: as many as a strip has of eight rows.
-const CACHED: usize = STRIP / (8 * size_of::<Unit<f32>>());
-/// Rows of W whose bytes are asked for before they are read, where a strip takes long.
-const AHEAD: usize = 4;
 
 /// y = x · Wᵀ for `N` rows.
 pub(in crate::quant::kernels) fn product<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
@@ -36,9 +32,7 @@ pub(super) fn product_by<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, 
     let mut units = vec![[Unit::<E>::default(); N]; inn / E::UNIT];
     for (n, x) in x.chunks_exact(inn).enumerate() {
         for (to, from) in units.iter_mut().zip(x.chunks_exact(E::UNIT)) {
-            for (k, part) in to[n].0.iter_mut().enumerate() {
-                part.as_mut().iter_mut().enumerate().for_each(|(i, to)| *to = from[E::place(k, i)].into());
-            }
+            to[n].fill::<F, X>(from);
         }
     }
     let mut columns = vec![[0f32; N]; out];
@@ -73,10 +67,8 @@ impl<F: Format, E: Element<F>, const N: usize> Multiplies<F, E> for Product<'_, 
             match (N, A::S::SUMS) {
                 (1..=4, 16..) => self.rows::<A, 4>(a, x, i * strip, sums),
                 (8, 16..) => self.rows::<A, 2>(a, x, i * strip, sums),
-                (_, 16..) => self.rows::<A, 1>(a, x, i * strip, sums),
                 (1, _) => self.rows::<A, 2>(a, x, i * strip, sums),
-                (2..=4, _) => self.rows::<A, 1>(a, x, i * strip, sums),
-                _ => self.rows_by_cache(a, x, i * strip, sums),
+                _ => self.rows::<A, 1>(a, x, i * strip, sums),
             }
         }
         for (row, (column, sums)) in self.columns.iter_mut().zip(sums).enumerate() {
@@ -159,75 +151,6 @@ impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
             for n in 0..N {
                 let sum = if second == 1 { s.add(acc[m][n][0], acc[m][n][1]) } else { acc[m][n][0] };
                 s.store(sum, &mut sums[m][n].0);
-            }
-        }
-    }
-
-    /// As [`rows`](Self::rows), where the sums of all rows of x are too many for the registers: values of two rows
-    /// of W wait in the cache, for two rows of x at a time.
-    #[inline(always)]
-    fn rows_by_cache<A: Arithmetic<F, Element = E>>(
-        &self,
-        a: A,
-        x: &[[Unit<E>; N]],
-        unit: usize,
-        sums: &mut [[Lanes; N]],
-    ) {
-        let zero = a.load(&E::ZERO);
-        let (groups, rest) = sums.as_chunks_mut();
-        let rest_row = self.row + groups.len() * 2;
-        let mut values = [[[zero; 2]; 2]; CACHED];
-        for (i, group) in groups.iter_mut().enumerate() {
-            self.dot_by_cache(a, [self.row + i * 2, unit], x, &mut values[..x.len()], group);
-        }
-        let mut values = [[[zero; 2]; 1]; CACHED];
-        for (i, sums) in rest.iter_mut().enumerate() {
-            self.dot_by_cache(a, [rest_row + i, unit], x, &mut values[..x.len()], std::array::from_mut(sums));
-        }
-    }
-
-    /// As [`dot`](Self::dot), through `values`, one for each unit of x.
-    #[inline(always)]
-    #[allow(clippy::needless_range_loop)]
-    fn dot_by_cache<A: Arithmetic<F, Element = E>, const M: usize>(
-        &self,
-        a: A,
-        [row, unit]: [usize; 2],
-        x: &[[Unit<E>; N]],
-        values: &mut [[[A::V; 2]; M]],
-        sums: &mut [[Lanes; N]; M],
-    ) {
-        let s = a.simd();
-        let units = self.format.block_len() / E::UNIT;
-        let blocks = self.x.len() / units;
-        for m in 0..M {
-            let ahead = ((row + AHEAD + m) * self.x.len() + unit) * E::UNIT;
-            self.format.prefetch(s, ahead..ahead + x.len() * E::UNIT);
-            let (mut b, mut first, mut rest) = (unit / units, unit % units, &mut *values);
-            while !rest.is_empty() {
-                let block = a.block(self.format, (row + m) * blocks + b);
-                let (part, after) = rest.split_at_mut((units - first).min(rest.len()));
-                for (i, values) in part.iter_mut().enumerate() {
-                    values[m] = a.values(self.format, &block, first + i);
-                }
-                (b, first, rest) = (b + 1, 0, after);
-            }
-        }
-        for n in (0..N).step_by(2) {
-            let mut acc = [[s.splat(0.0); 2]; M];
-            for (w, x) in values.iter().zip(x) {
-                for k in 0..2 {
-                    let x = [a.load(&x[n].0[k]), a.load(&x[n + 1].0[k])];
-                    for m in 0..M {
-                        acc[m][0] = a.multiply_add(w[m][k], x[0], acc[m][0]);
-                        acc[m][1] = a.multiply_add(w[m][k], x[1], acc[m][1]);
-                    }
-                }
-            }
-            for m in 0..M {
-                for (sum, acc) in sums[m][n..n + 2].iter_mut().zip(acc[m]) {
-                    s.store(s.add(s.load(&sum.0), acc), &mut sum.0);
-                }
             }
         }
     }

@@ -1,22 +1,44 @@
 //! Products with few rows: values go from the packed bytes through registers
-//! into the sums, and no decoded weight is written anywhere but, where registers
-//! are few, into the first-level cache.
+//! into the sums, and no decoded weight is written anywhere but, where rows are
+//! too many for the registers, into the first-level cache.
 //!
 //! For weights whose rows are whole blocks of a multiple of a unit's elements.
 //! Sums are in f32, in an order that depends on the shapes and the instruction
 //! set only, not on the number of threads.
 
+mod cached;
 mod forward;
 mod transposed;
 
 pub(super) use forward::product;
 pub(super) use transposed::product_transposed;
 
+use super::arithmetic::Element;
+use super::{Float, Format};
+use crate::error::Result;
+use crate::ffi::simd::registers_for_sums;
+
 /// Bytes of x or of dX, all rows together, that stay in the first-level cache.
 const STRIP: usize = 24 << 10;
 
+/// y = x · Wᵀ for `N` rows, 8 or 16.
+pub(super) fn product_of_many<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
+    format: &F,
+    shape: [usize; 2],
+    x: &[X],
+    y: &mut [T],
+) -> Result<()> {
+    // Beyond, each row of W would be multiplied on its own.
+    if N < registers_for_sums() {
+        forward::product::<F, E, X, T, N>(format, shape, x, y)
+    } else {
+        cached::product::<F, E, X, T, N>(format, shape, x, y)
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::cached::{self, Cached};
     use super::forward::{Product, product_by};
     use super::transposed::{Transposed, product_transposed_by};
     use crate::ffi::simd::tests::on_all;
@@ -57,6 +79,31 @@ mod tests {
         }
     }
 
+    /// The same, with x · Wᵀ by way of the cache.
+    #[derive(Debug)]
+    struct ByCache<'a, F, const N: usize>(Both<'a, F, N>);
+
+    impl<F, const N: usize> Clone for ByCache<'_, F, N> {
+        fn clone(&self) -> Self {
+            *self
+        }
+    }
+
+    impl<F, const N: usize> Copy for ByCache<'_, F, N> {}
+
+    impl<F: Format, const N: usize> Kernel for ByCache<'_, F, N> {
+        type Output = [Vec<f32>; 2];
+
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            let Both { format, shape, x, .. } = self.0;
+            let [mut y, dx] = self.0.run(s);
+            y.fill(f32::NAN);
+            cached::product_by(format, shape, x, &mut y, |part: Cached<F, f32, N>| s.vectorize(RunF32::new(part)))
+                .unwrap();
+            [y, dx]
+        }
+    }
+
     /// Numbers in [-1, 1), the same for each call.
     fn numbers(count: usize) -> Vec<f32> {
         let mut bits = 1u32;
@@ -68,15 +115,16 @@ mod tests {
     }
 
     /// Against f64, within the rounding of an f32 sum.
-    fn multiplies<F: Format, const N: usize>(format: &F, shape: [usize; 2]) {
-        let [out, inn] = shape;
+    fn multiplies<F: Format, K: Kernel<Output = [Vec<f32>; 2]> + Copy, const N: usize>(
+        Both { format, shape: [out, inn], x, g }: Both<F, N>,
+        kernel: K,
+    ) {
         let w = |row: usize, column: usize| {
             let at = row * inn + column;
             let value = format.value(at / format.block_len(), at % format.block_len());
             f64::from(value)
         };
-        let (x, g) = (numbers(N * inn), numbers(N * out));
-        for (set, [y, dx]) in on_all(Both::<F, N> { format, shape, x: &x, g: &g }).into_iter().enumerate() {
+        for (set, [y, dx]) in on_all(kernel).into_iter().enumerate() {
             let close = |found: f32, terms: &mut dyn Iterator<Item = f64>| {
                 let (mut sum, mut size, mut count) = (0.0, 0.0, 0);
                 terms.for_each(|term| (sum, size, count) = (sum + term, size + term.abs(), count + 1));
@@ -106,12 +154,19 @@ mod tests {
         let codes = Codes { bytes: nibbles, scales: (), code: &code, block: 64, dtype: Dtype::F32 };
         let codes = codes.with(&scales[..]);
         let integers = Bytes::<I8>::new(&bytes, Floats::F32(&scales[..SHAPE[0]]), SHAPE[1]);
+        let (x, g) = (numbers(16 * SHAPE[1]), numbers(16 * SHAPE[0]));
         macro_rules! rows {
-            ($($n:literal)*) => { $(
-                multiplies::<_, $n>(&codes, SHAPE);
-                multiplies::<_, $n>(&integers, SHAPE);
+            ($($n:literal $($by_cache:ident)?),*) => { $(
+                rows!($n, &codes, $($by_cache)?);
+                rows!($n, &integers, $($by_cache)?);
             )* };
+            ($n:literal, $format:expr, $($by_cache:ident)?) => {
+                let (x, g) = (&x[..$n * SHAPE[1]], &g[..$n * SHAPE[0]]);
+                let both = Both::<_, $n> { format: $format, shape: SHAPE, x, g };
+                multiplies(both, both);
+                $( multiplies(both, $by_cache(both)); )?
+            };
         }
-        rows!(1 2 4 8 16);
+        rows!(1, 2, 4, 8 ByCache, 16 ByCache);
     }
 }
