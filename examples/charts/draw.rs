@@ -22,7 +22,7 @@ pub fn all(folder: &Path, figures: &Figures) -> Result<()> {
     let font = include_bytes!("../data/DejaVuSans.ttf");
     register_font("sans-serif", FontStyle::Normal, font).map_err(|_| "the font is broken")?;
     errors(&folder.join("quantization-error.png"), &figures.quantization)?;
-    speed(&folder.join("speed.png"), &figures.linear)?;
+    speed(&folder.join("speed.png"), figures.linear.get("linear").ok_or("no linear.csv")?)?;
     memory(&folder.join("memory.png"), &figures.memory)
 }
 

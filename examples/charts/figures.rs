@@ -24,16 +24,8 @@ impl Row {
 pub struct Figures {
     /// `scheme,bits_f32,bits_bf16,normal,heavy`
     pub quantization: Vec<Row>,
-    /// `out,in,rows,dtype,what,layer,milliseconds`
-    pub linear: Vec<Row>,
-    /// The same, on another processor.
-    pub linear_amd: Vec<Row>,
-    /// On an AMD EPYC without AVX-512.
-    pub linear_avx2: Vec<Row>,
-    /// Of bf16 in tile registers (AMX).
-    pub linear_amx: Vec<Row>,
-    /// On a Xeon without them.
-    pub linear_no_amx: Vec<Row>,
+    /// `out,in,rows,dtype,what,layer,milliseconds`, by the names of their files: one for each processor.
+    pub linear: HashMap<String, Vec<Row>>,
     /// `layer,rows,megabytes,dense_megabytes`
     pub memory: Vec<Row>,
     /// `case,tch_peft,peft`, in milliseconds
@@ -50,15 +42,25 @@ impl Figures {
         };
         Ok(Figures {
             quantization: file("quantization.csv")?,
-            linear: file("linear.csv")?,
-            linear_amd: file("linear_amd.csv")?,
-            linear_avx2: file("linear_avx2.csv")?,
-            linear_amx: file("linear_amx.csv")?,
-            linear_no_amx: file("linear_no_amx.csv")?,
+            linear: names_of(folder, "linear")?
+                .into_iter()
+                .map(|name| Ok((name.clone(), file(&format!("{name}.csv"))?)))
+                .collect::<Result<_>>()?,
             memory: file("memory.csv")?,
             lora: file("lora.csv")?,
         })
     }
+}
+
+/// The CSV files whose names begin so, without `.csv`.
+fn names_of(folder: &Path, begin: &str) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let name = entry?.file_name();
+        let name = name.to_str().and_then(|name| name.strip_suffix(".csv")).filter(|name| name.starts_with(begin));
+        names.extend(name.map(String::from));
+    }
+    Ok(names)
 }
 
 /// The lines below the first, which names the columns. No value holds a comma or a quote; lines

@@ -43,17 +43,10 @@ fn table(name: &str, figures: &Figures) -> Result<String> {
         "quantization" => quantization(&figures.quantization),
         "memory" => memory(&figures.memory),
         "lora" => lora(&figures.lora),
-        // linear|linear_amd|linear_amx|linear_avx2|linear_no_amx OUT IN step|forward
+        // FILE OUT IN step|forward
         _ => match name.split(' ').collect::<Vec<_>>()[..] {
             [file, out, inn, what] => {
-                let rows = match file {
-                    "linear" => &figures.linear,
-                    "linear_amd" => &figures.linear_amd,
-                    "linear_avx2" => &figures.linear_avx2,
-                    "linear_amx" => &figures.linear_amx,
-                    "linear_no_amx" => &figures.linear_no_amx,
-                    _ => return Err(format!("no table {name}").into()),
-                };
+                let rows = figures.linear.get(file).ok_or_else(|| format!("no table {name}"))?;
                 linear(rows, [("out", out), ("in", inn), ("what", what)])
             }
             _ => Err(format!("no table {name}").into()),

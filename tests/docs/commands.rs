@@ -6,6 +6,7 @@
 use super::common;
 use super::none_wrong;
 use super::texts::{Block, Text};
+use rayon::prelude::*;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -31,21 +32,20 @@ fn every_command_runs() {
     let run = "cargo run --example finetune_llm -- --model Qwen3-0.6B --data notes.jsonl --out runs/a";
     shell.run(run, &files).unwrap();
 
-    let (mut wrong, mut count) = (Vec::new(), 0);
-    for text in Text::all() {
+    let commands_of = |text: &Text| -> String {
         let blocks = text.blocks.iter().filter(|block| is_shell(block) && text.name != SERVING && !needs_gpu(block));
-        let script: String =
-            blocks.map(|block| format!("echo at {} >&2\n{}", block.place(), commands(block))).collect();
-        if script.is_empty() {
-            continue;
-        }
-        count += 1;
-        let folder = dir.join(text.name.replace('/', "_"));
+        blocks.map(|block| format!("echo at {} >&2\n{}", block.place(), commands(block))).collect()
+    };
+    let texts = Text::all().into_iter().map(|text| (commands_of(&text), text.name));
+    let scripts: Vec<_> = texts.filter(|(script, _)| !script.is_empty()).collect();
+    let count = scripts.len();
+    // Most of them wait for a Python that starts: as many at a time as there are processors.
+    let wrong = scripts.into_par_iter().filter_map(|(script, name)| {
+        let folder = dir.join(name.replace('/', "_"));
         provide(&files, &folder);
-        if let Err(why) = shell.run(&script, &folder) {
-            wrong.push(format!("{}: {why}", text.name));
-        }
-    }
+        shell.run(&script, &folder).err().map(|why| format!("{name}: {why}"))
+    });
+    let wrong: Vec<String> = wrong.collect();
     assert!(count > 6, "commands in {count} texts");
     none_wrong(wrong);
 }
