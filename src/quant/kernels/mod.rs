@@ -59,10 +59,11 @@ fn whole_units<F: Format, E: Element<F>>(format: &F, inn: usize) -> bool {
     format.block_len().is_multiple_of(E::UNIT) && inn.is_multiple_of(format.block_len())
 }
 
-/// Whether few rows of bf16 are multiplied as they are: if the weight is of bf16, and the processor and the format
-/// gain by it; the unit tests take any processor that can.
-fn in_bf16<F: InBf16>(format: &F, inn: usize, rows: usize) -> bool {
-    let fits = format.dtype() == Dtype::Bf16 && whole_units::<F, bf16>(format, inn) && rows > F::TOO_FEW;
+/// Whether few rows of bf16, of this width, are multiplied as they are: if the weight is of bf16, and the processor
+/// and the format gain by it; the unit tests take any processor that can.
+fn in_bf16<F: InBf16>(format: &F, inn: usize, from: &[bf16], width: usize) -> bool {
+    let enough = from.len() > F::TOO_FEW * width;
+    let fits = enough && format.dtype() == Dtype::Bf16 && whole_units::<F, bf16>(format, inn);
     fits && if cfg!(test) { multiplies_bf16() } else { multiplies_bf16_faster() }
 }
 
@@ -116,7 +117,7 @@ pub(crate) fn product<F: InBf16, T: Float>(format: &F, shape: [usize; 2], x: &[T
         return Ok(());
     }
     match T::as_bf16(x) {
-        Some(x) if in_bf16(format, shape[1], x.len() / shape[1]) => {
+        Some(x) if in_bf16(format, shape[1], x, shape[1]) => {
             by_rows!(product, product_of_many::<bf16, bf16>, format, shape, x, shape[1], y, shape[0])
         }
         _ => by_rows!(product, product_of_many::<f32, T>, format, shape, x, shape[1], y, shape[0]),
@@ -142,7 +143,7 @@ pub(crate) fn product_transposed<F: InBf16, T: Float>(
         return Ok(());
     }
     match T::as_bf16(g) {
-        Some(g) if in_bf16(format, shape[1], g.len() / shape[0]) => {
+        Some(g) if in_bf16(format, shape[1], g, shape[0]) => {
             by_rows!(product_transposed, product_transposed::<bf16, bf16>, format, shape, g, shape[0], dx, shape[1])
         }
         _ => by_rows!(product_transposed, product_transposed::<f32, T>, format, shape, g, shape[0], dx, shape[1]),
