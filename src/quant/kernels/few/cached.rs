@@ -3,30 +3,18 @@
 //! Values of a few rows of W wait in the first-level cache, and are multiplied by a few rows of x at a time. While
 //! those are multiplied, the next ones are unpacked.
 
+use super::{PART, add_up, by_columns};
 use crate::error::Result;
-use crate::ffi::compute::for_each_chunk;
 use crate::ffi::simd::{Packing, Simd};
 use crate::quant::kernels::arithmetic::{Arithmetic, Element, Lanes, Multiplies, Unit};
 use crate::quant::kernels::{Float, Format};
 
-/// Weight rows that a thread takes at a time.
-const PART: usize = 32;
 /// Units of a row of W that wait: few enough that twice the rows stay in the first-level cache, beside x.
 const STRIP: usize = 16;
 /// Rows of W whose bytes are asked for before they are read.
 const AHEAD: usize = 8;
 
-/// y = x · Wᵀ for `N` rows, an even number.
-pub(super) fn product<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
-    format: &F,
-    shape: [usize; 2],
-    x: &[X],
-    y: &mut [T],
-) -> Result<()> {
-    product_by(format, shape, x, y, |part: Cached<F, E, N>| E::run(part))
-}
-
-/// The same by whatever runs its parts.
+/// y = x · Wᵀ for `N` rows, an even number, by whatever runs its parts.
 pub(super) fn product_by<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
     format: &F,
     [out, inn]: [usize; 2],
@@ -42,14 +30,7 @@ pub(super) fn product_by<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, 
             to[n % 2].fill::<F, X>(from);
         }
     }
-    let mut columns = vec![[0f32; N]; out];
-    for_each_chunk(&mut columns, PART, |i, columns| {
-        run(Cached { format, row: i * PART, units, x: &pairs, columns });
-    })?;
-    for (n, y) in y.chunks_exact_mut(out).enumerate() {
-        y.iter_mut().zip(&columns).for_each(|(to, from)| *to = T::from_f32(from[n]));
-    }
-    Ok(())
+    by_columns(out, y, |row, columns| run(Cached { format, row, units, x: &pairs, columns }))
 }
 
 pub(super) struct Cached<'a, F: Format, E: Element<F>, const N: usize> {
@@ -82,7 +63,6 @@ impl<F: Format, E: Element<F>, const N: usize> Cached<'_, F, E, N> {
     fn rows<A: Arithmetic<F, Element = E>, const M: usize, const P: usize>(self, a: A) {
         // In each pass over pairs of x, one row of the next ones is unpacked.
         assert!(N.is_multiple_of(2 * P) && N / (2 * P) >= M, "{N} rows of x by {P} pairs, {M} of W");
-        let s = a.simd();
         let rows = self.columns.len();
         let groups = rows.div_ceil(M);
         // Where row `m` of a group of W starts in a strip. The rows that are not there are the last one again.
@@ -117,12 +97,7 @@ impl<F: Format, E: Element<F>, const N: usize> Cached<'_, F, E, N> {
             }
             (now, next) = (next, now);
         }
-        for (row, (column, sums)) in self.columns.iter_mut().zip(&sums).enumerate() {
-            let factor = a.factor(self.format, self.row + row);
-            for n in 0..N {
-                column[n] = s.sum(s.load(&sums[n].0)) * factor;
-            }
-        }
+        add_up(a, self.format, self.row, &sums, self.columns);
     }
 
     // The loops over `0..M`, `0..P` and the like below are unrolled into registers; iterators

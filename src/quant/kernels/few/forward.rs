@@ -1,14 +1,10 @@
 //! y = x · Wᵀ of few rows.
 
-use super::STRIP;
+use super::{PART, STRIP, add_up, by_columns};
 use crate::error::Result;
-use crate::ffi::compute::for_each_chunk;
 use crate::ffi::simd::{Packing, Simd};
 use crate::quant::kernels::arithmetic::{Arithmetic, Element, Lanes, Multiplies, Unit};
 use crate::quant::kernels::{Float, Format};
-
-/// Weight rows that a thread takes at a time.
-const PART: usize = 32;
 
 /// y = x · Wᵀ for `N` rows.
 pub(in crate::quant::kernels) fn product<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
@@ -35,14 +31,7 @@ pub(super) fn product_by<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, 
             to[n].fill::<F, X>(from);
         }
     }
-    let mut columns = vec![[0f32; N]; out];
-    for_each_chunk(&mut columns, PART, |i, columns| {
-        run(Product { format, row: i * PART, x: &units, columns });
-    })?;
-    for (n, y) in y.chunks_exact_mut(out).enumerate() {
-        y.iter_mut().zip(&columns).for_each(|(to, from)| *to = T::from_f32(from[n]));
-    }
-    Ok(())
+    by_columns(out, y, |row, columns| run(Product { format, row, x: &units, columns }))
 }
 
 pub(super) struct Product<'a, F: Format, E: Element<F>, const N: usize> {
@@ -56,7 +45,6 @@ pub(super) struct Product<'a, F: Format, E: Element<F>, const N: usize> {
 impl<F: Format, E: Element<F>, const N: usize> Multiplies<F, E> for Product<'_, F, E, N> {
     #[inline(always)]
     fn run<A: Arithmetic<F, Element = E>>(self, a: A) {
-        let s = a.simd();
         // Lanes are added up once, at the end of a row.
         let mut sums = [[Lanes::default(); N]; PART];
         let sums = &mut sums[..self.columns.len()];
@@ -71,12 +59,7 @@ impl<F: Format, E: Element<F>, const N: usize> Multiplies<F, E> for Product<'_, 
                 _ => self.rows::<A, 1>(a, x, i * strip, sums),
             }
         }
-        for (row, (column, sums)) in self.columns.iter_mut().zip(sums).enumerate() {
-            let factor = a.factor(self.format, self.row + row);
-            for n in 0..N {
-                column[n] = s.sum(s.load(&sums[n].0)) * factor;
-            }
-        }
+        add_up(a, self.format, self.row, sums, self.columns);
     }
 }
 

@@ -13,13 +13,17 @@ mod transposed;
 pub(super) use forward::product;
 pub(super) use transposed::product_transposed;
 
-use super::arithmetic::Element;
+use super::arithmetic::{Arithmetic, Element, Lanes};
 use super::{Float, Format};
 use crate::error::Result;
-use crate::ffi::simd::registers_for_sums;
+use crate::ffi::compute::for_each_chunk;
+use crate::ffi::simd::{Simd, registers_for_sums};
+use cached::Cached;
 
 /// Bytes of x or of dX, all rows together, that stay in the first-level cache.
 const STRIP: usize = 24 << 10;
+/// Weight rows that a thread takes at a time for x · Wᵀ.
+const PART: usize = 32;
 
 /// y = x · Wᵀ for `N` rows, 8 or 16.
 pub(super) fn product_of_many<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
@@ -32,7 +36,39 @@ pub(super) fn product_of_many<F: Format, E: Element<F>, X: Copy + Into<E>, T: Fl
     if N < registers_for_sums() {
         forward::product::<F, E, X, T, N>(format, shape, x, y)
     } else {
-        cached::product::<F, E, X, T, N>(format, shape, x, y)
+        cached::product_by(format, shape, x, y, |part: Cached<F, E, N>| E::run(part))
+    }
+}
+
+/// y (n, out) of its columns, which `f` is given in parts, each with its first row of W.
+fn by_columns<T: Float, const N: usize>(
+    out: usize,
+    y: &mut [T],
+    f: impl Fn(usize, &mut [[f32; N]]) + Sync,
+) -> Result<()> {
+    let mut columns = vec![[0f32; N]; out];
+    for_each_chunk(&mut columns, PART, |i, columns| f(i * PART, columns))?;
+    for (n, y) in y.chunks_exact_mut(out).enumerate() {
+        y.iter_mut().zip(&columns).for_each(|(to, from)| *to = T::from_f32(from[n]));
+    }
+    Ok(())
+}
+
+/// Adds up the lanes of the sums for columns of y, of which the first is of this row of W.
+#[inline(always)]
+fn add_up<F: Format, A: Arithmetic<F>, const N: usize>(
+    a: A,
+    format: &F,
+    first: usize,
+    sums: &[[Lanes; N]],
+    columns: &mut [[f32; N]],
+) {
+    let s = a.simd();
+    for (row, (column, sums)) in columns.iter_mut().zip(sums).enumerate() {
+        let factor = a.factor(format, first + row);
+        for n in 0..N {
+            column[n] = s.sum(s.load(&sums[n].0)) * factor;
+        }
     }
 }
 
@@ -46,13 +82,14 @@ mod tests {
     use crate::quant::kernels::arithmetic::RunF32;
     use crate::quant::kernels::{Bytes, Codes, Dtype, Floats, Format, I8};
 
-    /// Both products with `N` rows, on an instruction set.
+    /// Both products with `N` rows, on an instruction set; x · Wᵀ by way of the cache if `cached`.
     #[derive(Debug)]
     struct Both<'a, F, const N: usize> {
         format: &'a F,
         shape: [usize; 2],
         x: &'a [f32],
         g: &'a [f32],
+        cached: bool,
     }
 
     impl<F, const N: usize> Clone for Both<'_, F, N> {
@@ -67,39 +104,20 @@ mod tests {
         type Output = [Vec<f32>; 2];
 
         fn run<S: Simd>(self, s: S) -> Self::Output {
-            let Both { format, shape: [out, inn], x, g } = self;
+            let Both { format, shape: [out, inn], x, g, cached } = self;
             let (mut y, mut dx) = (vec![f32::NAN; N * out], vec![f32::NAN; N * inn]);
-            product_by(format, self.shape, x, &mut y, |part: Product<F, f32, N>| s.vectorize(RunF32::new(part)))
-                .unwrap();
+            if cached {
+                cached::product_by(format, self.shape, x, &mut y, |part: Cached<F, f32, N>| {
+                    s.vectorize(RunF32::new(part));
+                })
+            } else {
+                product_by(format, self.shape, x, &mut y, |part: Product<F, f32, N>| s.vectorize(RunF32::new(part)))
+            }
+            .unwrap();
             product_transposed_by(format, self.shape, g, &mut dx, |part: Transposed<F, f32, N>| {
                 s.vectorize(RunF32::new(part));
             })
             .unwrap();
-            [y, dx]
-        }
-    }
-
-    /// The same, with x · Wᵀ by way of the cache.
-    #[derive(Debug)]
-    struct ByCache<'a, F, const N: usize>(Both<'a, F, N>);
-
-    impl<F, const N: usize> Clone for ByCache<'_, F, N> {
-        fn clone(&self) -> Self {
-            *self
-        }
-    }
-
-    impl<F, const N: usize> Copy for ByCache<'_, F, N> {}
-
-    impl<F: Format, const N: usize> Kernel for ByCache<'_, F, N> {
-        type Output = [Vec<f32>; 2];
-
-        fn run<S: Simd>(self, s: S) -> Self::Output {
-            let Both { format, shape, x, .. } = self.0;
-            let [mut y, dx] = self.0.run(s);
-            y.fill(f32::NAN);
-            cached::product_by(format, shape, x, &mut y, |part: Cached<F, f32, N>| s.vectorize(RunF32::new(part)))
-                .unwrap();
             [y, dx]
         }
     }
@@ -115,16 +133,14 @@ mod tests {
     }
 
     /// Against f64, within the rounding of an f32 sum.
-    fn multiplies<F: Format, K: Kernel<Output = [Vec<f32>; 2]> + Copy, const N: usize>(
-        Both { format, shape: [out, inn], x, g }: Both<F, N>,
-        kernel: K,
-    ) {
+    fn multiplies<F: Format, const N: usize>(both: Both<F, N>) {
+        let Both { format, shape: [out, inn], x, g, .. } = both;
         let w = |row: usize, column: usize| {
             let at = row * inn + column;
             let value = format.value(at / format.block_len(), at % format.block_len());
             f64::from(value)
         };
-        for (set, [y, dx]) in on_all(kernel).into_iter().enumerate() {
+        for (set, [y, dx]) in on_all(both).into_iter().enumerate() {
             let close = |found: f32, terms: &mut dyn Iterator<Item = f64>| {
                 let (mut sum, mut size, mut count) = (0.0, 0.0, 0);
                 terms.for_each(|term| (sum, size, count) = (sum + term, size + term.abs(), count + 1));
@@ -156,17 +172,13 @@ mod tests {
         let integers = Bytes::<I8>::new(&bytes, Floats::F32(&scales[..SHAPE[0]]), SHAPE[1]);
         let (x, g) = (numbers(16 * SHAPE[1]), numbers(16 * SHAPE[0]));
         macro_rules! rows {
-            ($($n:literal $($by_cache:ident)?),*) => { $(
-                rows!($n, &codes, $($by_cache)?);
-                rows!($n, &integers, $($by_cache)?);
+            ($cached:literal: $($n:literal)*) => { $(
+                let (some_x, some_g) = (&x[..$n * SHAPE[1]], &g[..$n * SHAPE[0]]);
+                multiplies(Both::<_, $n> { format: &codes, shape: SHAPE, x: some_x, g: some_g, cached: $cached });
+                multiplies(Both::<_, $n> { format: &integers, shape: SHAPE, x: some_x, g: some_g, cached: $cached });
             )* };
-            ($n:literal, $format:expr, $($by_cache:ident)?) => {
-                let (x, g) = (&x[..$n * SHAPE[1]], &g[..$n * SHAPE[0]]);
-                let both = Both::<_, $n> { format: $format, shape: SHAPE, x, g };
-                multiplies(both, both);
-                $( multiplies(both, $by_cache(both)); )?
-            };
         }
-        rows!(1, 2, 4, 8 ByCache, 16 ByCache);
+        rows!(false: 1 2 4 8 16);
+        rows!(true: 8 16);
     }
 }
