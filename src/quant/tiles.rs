@@ -89,8 +89,10 @@ pub(super) fn for_each_columns(
     mut f: impl FnMut(i64, i64) -> Result<bool>,
 ) -> Result<bool> {
     let wanted = (elements(kind, device) / out.max(1)).max(COLUMNS.min(KEPT / out.max(1)));
-    // Whole cache lines and whole blocks of most formats.
-    let step = (wanted / 64 * 64).max(64);
+    // Whole cache lines and whole blocks of most formats, and whole groups of 128 where there is room: matrix products
+    // of other widths run slower.
+    let group = if wanted < 128 { 64 } else { 128 };
+    let step = (wanted / group * group).max(64);
     let mut start = 0;
     while start < inn {
         let columns = step.min(inn - start);
