@@ -11,6 +11,22 @@ use crate::ffi::bytes::{read, write};
 use half::{bf16, f16};
 use tch::{Kind, Tensor};
 
+/// What is done with the element type of a dtype, or no answer if kernels don't know it.
+macro_rules! of_dtype {
+    ($kind:expr, $t:ident => $result:expr) => {
+        match $kind {
+            Kind::Float => of_dtype!(f32 as $t, $result),
+            Kind::BFloat16 => of_dtype!(bf16 as $t, $result),
+            Kind::Half => of_dtype!(f16 as $t, $result),
+            _ => Ok(false),
+        }
+    };
+    ($type:ty as $t:ident, $result:expr) => {{
+        type $t = $type;
+        $result
+    }};
+}
+
 /// Does what is asked of a weight on the CPU, and answers whether a kernel could.
 pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
     let Some(scheme) = weight.scheme() else { return Ok(false) };
@@ -25,15 +41,7 @@ pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
             read(&data, |data| floats(scale, |scales| serve(&Bytes::<I8>::new(data, scales, shape[1]), shape, op)))?
         }
         Scheme::Nf4 { block_size, .. } | Scheme::Fp4 { block_size, .. } => {
-            let (Some(data), Some(code)) = (data, tensor("weight.quant_map")) else { return Ok(false) };
-            let Some(dtype) = dtype(weight.kind()) else { return Ok(false) };
-            let block = block_size as usize;
-            read(data, |bytes| {
-                read(code, |code: &[f32]| {
-                    let Some(code) = code.first_chunk() else { return Ok(false) };
-                    codes(&tensor, &Codes { bytes, scales: (), code, block, dtype }, shape, op)
-                })
-            })??
+            of_dtype!(weight.kind(), W => codes::<W>(&tensor, block_size as usize, shape, op))
         }
         Scheme::Fp8 { format } => {
             let (Some(data), Some(scale)) = (data, tensor("weight.scale")) else { return Ok(false) };
@@ -48,12 +56,8 @@ pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
         Scheme::Int4 { .. } | Scheme::Int2 { .. } => {
             let parts = [data, tensor("weight.scale"), tensor("weight.shift")];
             let [Some(data), Some(scale), Some(shift)] = parts else { return Ok(false) };
-            let (bits, group) = (if matches!(scheme, Scheme::Int2 { .. }) { 2 } else { 4 }, data.size2()?.1 as usize);
-            read(data, |data| {
-                floats(scale, |scales| {
-                    floats(shift, |shifts| serve(&Groups::new(data, scales, shifts, group, bits), shape, op))
-                })
-            })?
+            let bits = if matches!(scheme, Scheme::Int2 { .. }) { 2 } else { 4 };
+            of_dtype!(scale.f_kind()?, W => groups::<W>([data, scale, shift], bits, shape, op))
         }
         Scheme::LlmInt8 => {
             let (Some(data), Some(absmax)) = (data, tensor("SCB")) else { return Ok(false) };
@@ -85,9 +89,13 @@ pub(super) fn run(weight: &dyn PackedWeight, op: Op) -> Result<bool> {
             if !size.is_multiple_of(2) || !shape[1].is_multiple_of(size) || !weight.in_order() {
                 return Ok(false);
             }
-            read(data, |data| {
-                read(zero, |zeros| floats(scale, |scales| serve(&Zeros::new(data, scales, zeros, size), shape, op)))
-            })??
+            of_dtype!(scale.f_kind()?, W => {
+                read(data, |data| {
+                    read(zero, |zeros| {
+                        read(scale, |scales: &[W]| serve(&Zeros::new(data, scales, zeros, size), shape, op))
+                    })
+                })???
+            })
         }
         // Served by their own operators.
         _ => Ok(false),
@@ -120,37 +128,52 @@ fn floats(tensor: &Tensor, f: impl FnOnce(Floats) -> Result<bool>) -> Result<boo
     }
 }
 
-/// Serves a weight in bitsandbytes' layout with its scales, quantised or not.
-fn codes<'t>(
+/// Serves a weight in bitsandbytes' layout of 4 bits, its scales quantised or not.
+fn codes<'t, W: Float>(
     tensor: &dyn Fn(&str) -> Option<&'t Tensor>,
-    codes: &Codes<()>,
+    block: usize,
     shape: [usize; 2],
     op: Op,
 ) -> Result<bool> {
-    let Some(absmax) = tensor("weight.absmax") else { return Ok(false) };
-    let nested = ["weight.nested_quant_map", "weight.nested_absmax", "weight.nested_offset"].map(tensor);
-    let [Some(map), Some(nested), Some(offset)] = nested else {
-        return read(absmax, |scales: &[f32]| serve(&codes.with(scales), shape, op))?;
+    let [Some(data), Some(code), Some(absmax)] = ["weight", "weight.quant_map", "weight.absmax"].map(tensor) else {
+        return Ok(false);
     };
-    let offset = f64::try_from(offset)? as f32;
-    read(absmax, |scales: &[u8]| {
-        read(map, |map: &[f32]| {
-            read(nested, |nested: &[f32]| {
-                let Some(map) = map.first_chunk() else { return Ok(false) };
-                serve(&codes.with(Double { codes: scales, map, nested, offset }), shape, op)
-            })
+    let nested = ["weight.nested_quant_map", "weight.nested_absmax", "weight.nested_offset"].map(tensor);
+    read(data, |data| {
+        read(code, |code: &[f32]| {
+            let Some(code) = code.first_chunk() else { return Ok(false) };
+            let [Some(map), Some(nested), Some(offset)] = nested else {
+                return read(absmax, |scales: &[f32]| {
+                    serve(&Codes::<_, W>::new(data, scales, code, block), shape, op)
+                })?;
+            };
+            let offset = f64::try_from(offset)? as f32;
+            read(absmax, |codes: &[u8]| {
+                read(map, |map: &[f32]| {
+                    read(nested, |nested: &[f32]| {
+                        let Some(map) = map.first_chunk() else { return Ok(false) };
+                        let scales = Double { codes, map, nested, offset };
+                        serve(&Codes::<_, W>::new(data, scales, code, block), shape, op)
+                    })
+                })
+            })???
+        })
+    })??
+}
+
+/// Serves a weight in optimum-quanto's layout of 4 or 2 bits, with scales and shifts of its dtype.
+fn groups<W: Float>([data, scale, shift]: [&Tensor; 3], bits: usize, shape: [usize; 2], op: Op) -> Result<bool> {
+    let group = data.size2()?.1 as usize;
+    read(data, |data| {
+        read(scale, |scales: &[W]| {
+            read(shift, |shifts| serve(&Groups::new(data, scales, shifts, group, bits), shape, op))
         })
     })???
 }
 
 /// Runs the kernel for the dtype of the tile or the activations.
 fn serve<F: InBf16>(format: &F, shape: [usize; 2], op: Op) -> Result<bool> {
-    match op.kind()? {
-        Kind::Float => serve_as::<F, f32>(format, shape, op),
-        Kind::BFloat16 => serve_as::<F, bf16>(format, shape, op),
-        Kind::Half => serve_as::<F, f16>(format, shape, op),
-        _ => Ok(false),
-    }
+    of_dtype!(op.kind()?, T => serve_as::<F, T>(format, shape, op))
 }
 
 fn serve_as<F: InBf16, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Result<bool> {

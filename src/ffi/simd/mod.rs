@@ -32,6 +32,9 @@ pub(crate) use packing::Packing;
 pub(crate) use portable::Portable;
 pub(crate) use vnni::{DotI8, I8Kernel, dispatch_i8, multiplies_i8};
 
+#[cfg(target_arch = "x86_64")]
+use std::sync::OnceLock;
+
 /// Lanes of a [`Simd::V`].
 pub(crate) const LANES: usize = 16;
 
@@ -151,12 +154,18 @@ pub(crate) fn registers_for_sums() -> usize {
 /// Whether this is an x86 processor with AVX2 or more that is not Intel's.
 pub(crate) fn wide_but_not_intel() -> bool {
     #[cfg(target_arch = "x86_64")]
-    if Avx2::detect().is_some() {
-        // SAFETY: every x86-64 processor has `cpuid`.
-        #[allow(unused_unsafe)] // safe from Rust 1.94 on
-        let leaf = unsafe { std::arch::x86_64::__cpuid(0) };
-        return (leaf.ebx, leaf.edx, leaf.ecx) != (0x756e_6547, 0x4965_6e69, 0x6c65_746e);
+    {
+        // A virtual machine traps `cpuid`, which then takes longer than a small product.
+        static FOUND: OnceLock<bool> = OnceLock::new();
+        Avx2::detect().is_some()
+            && *FOUND.get_or_init(|| {
+                // SAFETY: every x86-64 processor has `cpuid`.
+                #[allow(unused_unsafe)] // safe from Rust 1.94 on
+                let leaf = unsafe { std::arch::x86_64::__cpuid(0) };
+                (leaf.ebx, leaf.edx, leaf.ecx) != (0x756e_6547, 0x4965_6e69, 0x6c65_746e)
+            })
     }
+    #[cfg(not(target_arch = "x86_64"))]
     false
 }
 

@@ -4,6 +4,7 @@
 use super::formats::{as_words, prefetch, words_of, write_values};
 use super::{Dtype, Float, Format};
 use crate::ffi::simd::{LANES, Simd};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// The scales of [`Codes`], one for each block.
@@ -55,20 +56,18 @@ impl Scales for Double<'_> {
 /// bitsandbytes' 4 bits: `code[q] · scale` with an f32 scale for each block,
 /// rounded to the dtype; the even element of a pair is the high nibble.
 #[derive(Debug)]
-pub(crate) struct Codes<'a, Sc> {
-    pub(crate) bytes: &'a [u8],
-    pub(crate) scales: Sc,
-    pub(crate) code: &'a [f32; LANES],
-    /// Even, so that no byte is in two blocks.
-    pub(crate) block: usize,
-    pub(crate) dtype: Dtype,
+pub(crate) struct Codes<'a, Sc, W> {
+    bytes: &'a [u8],
+    scales: Sc,
+    code: &'a [f32; LANES],
+    block: usize,
+    weight: PhantomData<fn() -> W>,
 }
 
-impl<'a> Codes<'a, ()> {
-    /// The same codes with their scales.
-    pub(crate) fn with<Sc>(&self, scales: Sc) -> Codes<'a, Sc> {
-        let Codes { bytes, code, block, dtype, .. } = *self;
-        Codes { bytes, scales, code, block, dtype }
+impl<'a, Sc, W> Codes<'a, Sc, W> {
+    /// Blocks are of an even number of elements, so that no byte is in two.
+    pub(crate) fn new(bytes: &'a [u8], scales: Sc, code: &'a [f32; LANES], block: usize) -> Self {
+        Codes { bytes, scales, code, block, weight: PhantomData }
     }
 }
 
@@ -79,18 +78,22 @@ pub(crate) struct Nibbles<'a, V> {
     pub(super) bytes: &'a [u8],
 }
 
-impl<'a, Sc: Scales> Codes<'a, Sc> {
-    /// A block with what its codes mean rounded to a dtype.
+impl<'a, Sc: Scales, W: Float> Codes<'a, Sc, W> {
+    /// What the codes of a block mean, rounded to a dtype.
+    #[inline(always)]
+    fn table<S: Simd>(&self, s: S, index: usize, dtype: Dtype) -> S::V {
+        dtype.round(s, s.mul(s.load(self.code), s.splat(self.scales.at(index))))
+    }
+
+    /// A whole block with what its codes mean rounded to a dtype.
     #[inline(always)]
     pub(super) fn nibbles<S: Simd>(&self, s: S, index: usize, dtype: Dtype) -> Nibbles<'a, S::V> {
-        let table = dtype.round(s, s.mul(s.load(self.code), s.splat(self.scales.at(index))));
-        let start = index * (self.block / 2);
-        let end = (start + self.block / 2).min(self.bytes.len());
-        Nibbles { table, bytes: &self.bytes[start..end] }
+        let bytes = &self.bytes[index * (self.block / 2)..][..self.block / 2];
+        Nibbles { table: self.table(s, index, dtype), bytes }
     }
 }
 
-impl<'a, Sc: Scales> Format for Codes<'a, Sc> {
+impl<'a, Sc: Scales, W: Float> Format for Codes<'a, Sc, W> {
     type Block<S: Simd> = Nibbles<'a, S::V>;
 
     #[inline(always)]
@@ -100,7 +103,7 @@ impl<'a, Sc: Scales> Format for Codes<'a, Sc> {
 
     #[inline(always)]
     fn block<S: Simd>(&self, s: S, index: usize) -> Nibbles<'a, S::V> {
-        self.nibbles(s, index, self.dtype)
+        self.nibbles(s, index, W::DTYPE)
     }
 
     #[inline(always)]
@@ -110,8 +113,11 @@ impl<'a, Sc: Scales> Format for Codes<'a, Sc> {
 
     #[inline(always)]
     fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
-        let block = self.nibbles(s, index, self.dtype.before::<T>());
-        let Some(words) = as_words::<S, T>(s, block.table) else { return write_values(self, s, index, first, out) };
+        // The last block may be short.
+        let start = index * (self.block / 2);
+        let bytes = &self.bytes[start..(start + self.block / 2).min(self.bytes.len())];
+        let block = Nibbles { table: self.table(s, index, W::DTYPE.before::<T>()), bytes };
+        let Some(words) = as_words::<S, T>(s, block.table) else { return write_values(self, s, &block, first, out) };
         for (bytes, out) in block.bytes.as_chunks().0[first..].iter().zip(out) {
             if let Some(out) = words_of(out) {
                 s.look_up_nibbles_as_words(words, bytes, out);
@@ -137,6 +143,6 @@ impl<'a, Sc: Scales> Format for Codes<'a, Sc> {
     fn value(&self, index: usize, at: usize) -> f32 {
         let byte = self.bytes[(index * self.block + at) / 2];
         let code = if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
-        self.dtype.round_one(self.code[usize::from(code)] * self.scales.at(index))
+        W::DTYPE.round_one(self.code[usize::from(code)] * self.scales.at(index))
     }
 }

@@ -10,6 +10,8 @@ pub(crate) trait Float: Plain + Into<f32> {
     const DTYPE: Dtype;
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
+    /// This number in every lane.
+    fn splat<S: Simd>(self, s: S) -> S::V;
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::V;
     /// Stores the nearest values of this type.
     fn store<S: Simd>(s: S, v: S::V, to: &mut [Self; LANES]);
@@ -24,7 +26,7 @@ pub(crate) trait Float: Plain + Into<f32> {
 }
 
 macro_rules! float {
-    ($($t:ty: $dtype:ident, $from:expr, $to:expr, $load:ident, $store:ident, $pair:expr, $words:expr, $bf16:expr, $bf16_mut:expr);*) => { $(impl Float for $t {
+    ($($t:ty: $dtype:ident, $from:expr, $to:expr, $splat:expr, $load:ident, $store:ident, $pair:expr, $words:expr, $bf16:expr, $bf16_mut:expr);*) => { $(impl Float for $t {
         const DTYPE: Dtype = Dtype::$dtype;
 
         #[inline(always)]
@@ -35,6 +37,11 @@ macro_rules! float {
         #[inline(always)]
         fn to_f32(self) -> f32 {
             $to(self)
+        }
+
+        #[inline(always)]
+        fn splat<S: Simd>(self, s: S) -> S::V {
+            $splat(s, self)
         }
 
         #[inline(always)]
@@ -69,9 +76,9 @@ macro_rules! float {
     })* };
 }
 float! {
-    f32: F32, |v| v, |v| v, load, store, store_both, |_| None, |_| None, |_| None;
-    bf16: Bf16, bf16::from_f32, bf16::to_f32, load_bf16, store_bf16, Simd::store_bf16_pair, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values)), Some, Some;
-    f16: F16, f16::from_f32, f16::to_f32, load_f16, store_f16, store_both, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values)), |_| None, |_| None
+    f32: F32, |v| v, |v| v, Simd::splat, load, store, store_both, |_| None, |_| None, |_| None;
+    bf16: Bf16, bf16::from_f32, widened, splat_bf16, load_bf16, store_bf16, Simd::store_bf16_pair, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values)), Some, Some;
+    f16: F16, f16::from_f32, f16::to_f32, splat_f16, load_f16, store_f16, store_both, |values| Some(HalfFloatSliceExt::reinterpret_cast_mut(values)), |_| None, |_| None
 }
 
 #[inline(always)]
@@ -79,6 +86,23 @@ fn store_both<S: Simd, T: Float>(s: S, v: [S::V; 2], to: &mut [T; 2 * LANES]) {
     for (v, to) in v.into_iter().zip(to.as_chunks_mut().0) {
         T::store(s, v, to);
     }
+}
+
+/// The same number. `bf16::to_f32` takes several times as long, to quiet NaN that signal.
+#[inline(always)]
+fn widened(value: bf16) -> f32 {
+    f32::from_bits(u32::from(value.to_bits()) << 16)
+}
+
+#[inline(always)]
+fn splat_bf16<S: Simd>(s: S, value: bf16) -> S::V {
+    s.splat(widened(value))
+}
+
+/// By the processor's instruction, where `f16::to_f32` would ask first whether there is one.
+#[inline(always)]
+fn splat_f16<S: Simd>(s: S, value: f16) -> S::V {
+    s.load_f16(&[value; LANES])
 }
 
 /// The dtype of a weight, which its values are rounded to.
@@ -131,14 +155,6 @@ impl Floats<'_> {
             Floats::F32(_) => Dtype::F32,
             Floats::Bf16(_) => Dtype::Bf16,
             Floats::F16(_) => Dtype::F16,
-        }
-    }
-
-    pub(super) fn len(&self) -> usize {
-        match self {
-            Floats::F32(v) => v.len(),
-            Floats::Bf16(v) => v.len(),
-            Floats::F16(v) => v.len(),
         }
     }
 

@@ -20,7 +20,7 @@ pub(crate) trait Format: Sync {
     /// Elements of a block; the last block may be short.
     fn block_len(&self) -> usize;
 
-    /// Prepares block `index`.
+    /// Prepares block `index`, which must be whole.
     fn block<S: Simd>(&self, s: S, index: usize) -> Self::Block<S>;
 
     /// The elements `16 i .. 16 i + 16` of a block, which must be there.
@@ -29,7 +29,7 @@ pub(crate) trait Format: Sync {
     /// Writes the elements of a block from `32 first` on, which must be there, rounded to `T`.
     #[inline(always)]
     fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
-        write_values(self, s, index, first, out);
+        write_values(self, s, &self.block(s, index), first, out);
     }
 
     /// Asks for the bytes of these flat elements, and their scales, to be in the cache soon.
@@ -66,13 +66,12 @@ pub(crate) trait Format: Sync {
 pub(super) fn write_values<F: Format + ?Sized, S: Simd, T: Float>(
     format: &F,
     s: S,
-    index: usize,
+    block: &F::Block<S>,
     first: usize,
     out: &mut [[T; 2 * LANES]],
 ) {
-    let block = format.block(s, index);
     for (i, out) in (2 * first..).step_by(2).zip(out) {
-        T::store_pair(s, [format.values(s, &block, i), format.values(s, &block, i + 1)], out);
+        T::store_pair(s, [format.values(s, block, i), format.values(s, block, i + 1)], out);
     }
 }
 
@@ -292,107 +291,5 @@ impl<'a> Format for Absmax<'a> {
     fn value(&self, index: usize, at: usize) -> f32 {
         let number = f32::from(self.bytes[index * self.row + at] as i8);
         self.dtype.round_one(number * self.scales[index] * self.step)
-    }
-}
-
-/// What four bits can mean as an integer.
-pub(super) const CODES: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
-
-/// optimum-quanto's 4 and 2 bits: `scale · q − shift` in the weight's dtype for
-/// each group, the rows of the grouped matrix packed one part over the other.
-///
-/// With R = ⌈groups · bits / 8⌉, byte row r holds group r in its lowest bits,
-/// then group r + R, and so on.
-#[derive(Debug)]
-pub(crate) struct Groups<'a> {
-    bytes: &'a [u8],
-    scales: Floats<'a>,
-    shifts: Floats<'a>,
-    pub(super) dtype: Dtype,
-    group: usize,
-    bits: usize,
-    /// R.
-    packed_rows: usize,
-}
-
-impl<'a> Groups<'a> {
-    /// `bits` is 4 or 2.
-    pub(crate) fn new(bytes: &'a [u8], scales: Floats<'a>, shifts: Floats<'a>, group: usize, bits: usize) -> Self {
-        let packed_rows = scales.len().div_ceil(8 / bits);
-        Groups { bytes, scales, shifts, dtype: scales.dtype(), group, bits, packed_rows }
-    }
-
-    /// Where the bytes of a group start, and how far up its bits are.
-    #[inline(always)]
-    fn place(&self, index: usize) -> (usize, u32) {
-        // Four parts at most: a division would take longer.
-        let (mut row, mut shift) = (index, 0);
-        while row >= self.packed_rows {
-            row -= self.packed_rows;
-            shift += self.bits as u32;
-        }
-        (row * self.group, shift)
-    }
-
-    /// The 16 values that four bits can mean; of two bits, the upper ones of
-    /// which are another group's, the four values over and over.
-    #[inline(always)]
-    fn table<S: Simd>(&self, s: S, index: usize) -> S::V {
-        const TWO: [f32; LANES] = [0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3.];
-        let codes = s.load(if self.bits == 4 { &CODES } else { &TWO });
-        let scaled = self.dtype.round(s, s.mul(codes, s.splat(self.scales.at(index))));
-        self.dtype.round(s, s.sub(scaled, s.splat(self.shifts.at(index))))
-    }
-}
-
-/// A table of values, and bytes with a code at `shift` in each.
-#[derive(Clone, Copy)]
-pub(crate) struct Fields<'a, V> {
-    pub(super) table: V,
-    pub(super) bytes: &'a [[u8; LANES]],
-    pub(super) shift: u32,
-}
-
-impl<'a> Format for Groups<'a> {
-    type Block<S: Simd> = Fields<'a, S::V>;
-
-    #[inline(always)]
-    fn block_len(&self) -> usize {
-        self.group
-    }
-
-    #[inline(always)]
-    fn block<S: Simd>(&self, s: S, index: usize) -> Fields<'a, S::V> {
-        let (start, shift) = self.place(index);
-        Fields { table: self.table(s, index), bytes: self.bytes[start..start + self.group].as_chunks().0, shift }
-    }
-
-    #[inline(always)]
-    fn values<S: Simd>(&self, s: S, block: &Fields<'a, S::V>, i: usize) -> S::V {
-        s.look_up_field(block.table, &block.bytes[i], block.shift)
-    }
-
-    #[inline(always)]
-    fn write<S: Simd, T: Float>(&self, s: S, index: usize, first: usize, out: &mut [[T; 2 * LANES]]) {
-        let block = self.block(s, index);
-        let Some(words) = as_words::<S, T>(s, block.table) else { return write_values(self, s, index, first, out) };
-        for (bytes, out) in block.bytes.as_flattened().as_chunks().0[first..].iter().zip(out) {
-            if let Some(out) = words_of(out) {
-                s.look_up_field_as_words(words, bytes, block.shift, out);
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
-        let start = self.place(elements.start / self.group).0 + elements.start % self.group;
-        prefetch(s, self.bytes, start..start + elements.len());
-    }
-
-    fn value(&self, index: usize, at: usize) -> f32 {
-        let (start, shift) = self.place(index);
-        let code = self.bytes[start + at] >> shift & ((1 << self.bits) - 1);
-        let scaled = self.dtype.round_one(f32::from(code) * self.scales.at(index));
-        self.dtype.round_one(scaled - self.shifts.at(index))
     }
 }

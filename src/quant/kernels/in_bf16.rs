@@ -2,9 +2,10 @@
 //! multiply these: exact for a weight of that dtype.
 
 use super::codebook::{Nibbles, Scales};
-use super::formats::{Byte, Fields, Scaled};
+use super::formats::{Byte, Scaled};
+use super::groups::Fields;
 use super::nibbles::PowersRow;
-use super::{Absmax, Bytes, Codes, Dtype, Format, Groups, I8, Powers, Zeros};
+use super::{Absmax, Bytes, Codes, Dtype, Float, Format, Groups, I8, Powers, Zeros};
 use crate::ffi::simd::{DotBf16, First, LANES, Simd};
 
 /// Elements that [`InBf16::quad`] answers.
@@ -49,11 +50,11 @@ fn look_up<D: DotBf16>(d: D, block: &Nibbles<D::P>, i: usize, first: First) -> [
     d.look_up_nibbles(block.table, &block.bytes.as_chunks().0[i], first)
 }
 
-impl<'a, Sc: Scales> InBf16 for Codes<'a, Sc> {
+impl<'a, Sc: Scales, W: Float> InBf16 for Codes<'a, Sc, W> {
     type BlockOf<D: DotBf16> = Nibbles<'a, D::P>;
 
     fn dtype(&self) -> Dtype {
-        self.dtype
+        W::DTYPE
     }
 
     #[inline(always)]
@@ -74,11 +75,11 @@ impl<'a, Sc: Scales> InBf16 for Codes<'a, Sc> {
     }
 }
 
-impl<'a> InBf16 for Zeros<'a> {
+impl<'a, W: Float> InBf16 for Zeros<'a, W> {
     type BlockOf<D: DotBf16> = Nibbles<'a, D::P>;
 
     fn dtype(&self) -> Dtype {
-        self.dtype
+        W::DTYPE
     }
 
     #[inline(always)]
@@ -98,16 +99,17 @@ impl<'a> InBf16 for Zeros<'a> {
     }
 }
 
-impl<'a> InBf16 for Groups<'a> {
+impl<'a, W: Float> InBf16 for Groups<'a, W> {
     type BlockOf<D: DotBf16> = Fields<'a, D::P>;
 
     fn dtype(&self) -> Dtype {
-        self.dtype
+        W::DTYPE
     }
 
     #[inline(always)]
     fn block_in_bf16<D: DotBf16>(&self, d: D, index: usize) -> Fields<'a, D::P> {
-        let block = self.block(d.simd(), index);
+        // Not rounded to the dtype, which the table does.
+        let block = self.fields(d.simd(), index, Dtype::F32);
         Fields { table: d.table(block.table), bytes: block.bytes, shift: block.shift }
     }
 

@@ -18,6 +18,7 @@ mod codebook;
 mod few;
 mod float;
 mod formats;
+mod groups;
 mod in_bf16;
 mod integers;
 mod many_bf16;
@@ -27,7 +28,8 @@ mod unpack;
 
 pub(crate) use codebook::{Codes, Double};
 pub(crate) use float::{Dtype, Float, Floats};
-pub(crate) use formats::{Absmax, Bytes, E4m3, E5m2, Format, Groups, I8};
+pub(crate) use formats::{Absmax, Bytes, E4m3, E5m2, Format, I8};
+pub(crate) use groups::Groups;
 pub(crate) use in_bf16::InBf16;
 pub(crate) use integers::{Integers, multiply_integers};
 pub(crate) use nibbles::{Powers, Zeros, power};

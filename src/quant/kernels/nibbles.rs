@@ -2,8 +2,9 @@
 //! MXFP4's and GPTQ's.
 
 use super::codebook::Nibbles;
-use super::formats::{CODES, prefetch};
-use super::{Dtype, Floats, Format};
+use super::formats::prefetch;
+use super::groups::CODES;
+use super::{Dtype, Float, Format};
 use crate::ffi::simd::{LANES, Simd};
 use std::ops::Range;
 
@@ -115,22 +116,21 @@ impl<'a> Format for Powers<'a> {
 /// the dtype and a zero for each group; the even element of a pair is the low
 /// nibble.
 #[derive(Debug)]
-pub(crate) struct Zeros<'a> {
+pub(crate) struct Zeros<'a, W> {
     bytes: &'a [u8],
-    scales: Floats<'a>,
+    scales: &'a [W],
     zeros: &'a [u8],
-    pub(super) dtype: Dtype,
     group: usize,
 }
 
-impl<'a> Zeros<'a> {
+impl<'a, W: Float> Zeros<'a, W> {
     /// Groups are of an even number of elements, so that no byte is in two.
-    pub(crate) fn new(bytes: &'a [u8], scales: Floats<'a>, zeros: &'a [u8], group: usize) -> Self {
-        Zeros { bytes, scales, zeros, dtype: scales.dtype(), group }
+    pub(crate) fn new(bytes: &'a [u8], scales: &'a [W], zeros: &'a [u8], group: usize) -> Self {
+        Zeros { bytes, scales, zeros, group }
     }
 }
 
-impl<'a> Format for Zeros<'a> {
+impl<'a, W: Float> Format for Zeros<'a, W> {
     type Block<S: Simd> = Nibbles<'a, S::V>;
 
     #[inline(always)]
@@ -141,7 +141,7 @@ impl<'a> Format for Zeros<'a> {
     #[inline(always)]
     fn block<S: Simd>(&self, s: S, index: usize) -> Nibbles<'a, S::V> {
         let steps = s.sub(s.load(&CODES), s.splat(f32::from(self.zeros[index])));
-        let table = self.dtype.round(s, s.mul(steps, s.splat(self.scales.at(index))));
+        let table = W::DTYPE.round(s, s.mul(steps, self.scales[index].splat(s)));
         Nibbles { table, bytes: &self.bytes[index * (self.group / 2)..][..self.group / 2] }
     }
 
@@ -166,6 +166,6 @@ impl<'a> Format for Zeros<'a> {
     fn value(&self, index: usize, at: usize) -> f32 {
         let code = low_first(&self.bytes[index * (self.group / 2)..], at);
         let steps = f32::from(code) - f32::from(self.zeros[index]);
-        self.dtype.round_one(steps * self.scales.at(index))
+        W::DTYPE.round_one(steps * self.scales[index].to_f32())
     }
 }

@@ -80,7 +80,7 @@ mod tests {
     use crate::ffi::simd::tests::on_all;
     use crate::ffi::simd::{Kernel, LANES, Simd};
     use crate::quant::kernels::arithmetic::RunF32;
-    use crate::quant::kernels::{Bytes, Codes, Dtype, Floats, Format, I8};
+    use crate::quant::kernels::{Bytes, Codes, Floats, Format, I8};
 
     /// Both products with `N` rows, on an instruction set; x · Wᵀ by way of the cache if `cached`.
     #[derive(Debug)]
@@ -167,8 +167,7 @@ mod tests {
         let scales = numbers(bytes.len() / 64);
         let code: [f32; LANES] = std::array::from_fn(|i| i as f32 / 8.0 - 1.0);
         let nibbles = &bytes[..bytes.len() / 2];
-        let codes = Codes { bytes: nibbles, scales: (), code: &code, block: 64, dtype: Dtype::F32 };
-        let codes = codes.with(&scales[..]);
+        let codes = Codes::<_, f32>::new(nibbles, &scales[..], &code, 64);
         let integers = Bytes::<I8>::new(&bytes, Floats::F32(&scales[..SHAPE[0]]), SHAPE[1]);
         let (x, g) = (numbers(16 * SHAPE[1]), numbers(16 * SHAPE[0]));
         macro_rules! rows {
