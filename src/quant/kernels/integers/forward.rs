@@ -10,6 +10,8 @@ use crate::ffi::simd::{BYTES, DotI8, I8Kernel, Simd, dispatch_i8};
 const BLOCK: usize = 16;
 /// Rows of W that a thread takes at a time.
 const PART: usize = 32;
+/// Rows of W that are multiplied by a row of x at once: as many as there are registers for their sums.
+const AT_ONCE: usize = 8;
 
 /// y = x · Wᵀ, with these factors of the rows of W; answers whether x could be integers.
 pub(in crate::quant::kernels) fn product<T: Float>(
@@ -44,14 +46,12 @@ impl<T: Float> I8Kernel for Product<'_, T> {
             *offset = offset_of(d, self.w.row(self.first + i));
         }
         for (block, x) in self.x.chunks(BLOCK).enumerate() {
-            let mut i = 0;
-            while i + 4 <= rows {
-                self.rows::<D, 4>(d, i, &offsets, block * BLOCK, x);
-                i += 4;
+            let together = rows - rows % AT_ONCE;
+            for i in (0..together).step_by(AT_ONCE) {
+                self.rows::<D, AT_ONCE>(d, i, &offsets, block * BLOCK, x);
             }
-            while i < rows {
+            for i in together..rows {
                 self.rows::<D, 1>(d, i, &offsets, block * BLOCK, x);
-                i += 1;
             }
         }
     }
@@ -71,64 +71,45 @@ fn offset_of<D: DotI8>(d: D, w: &[[u8; BYTES]]) -> D::Sums {
     d.times_minus_128(d.add(sums[0], sums[1]))
 }
 
-// The loops over `0..M`, `0..N` and the like below are unrolled into registers; iterators
-// and closures of the standard library would not be inlined for certain.
-
 impl<T: Float> Product<'_, T> {
-    /// The products of `M` rows of W with a block of x, which begins at row `n`.
+    /// The products of `M` rows of W with a block of x, which begins at row `first`.
     #[inline(always)]
-    fn rows<D: DotI8, const M: usize>(&mut self, d: D, i: usize, offsets: &[D::Sums; PART], n: usize, x: &[Row]) {
-        let (pairs, last) = x.as_chunks::<2>();
-        for (pair, x) in pairs.iter().enumerate() {
-            self.dot::<D, M, 2>(d, i, offsets, n + 2 * pair, x);
-        }
-        for one in last {
-            self.dot::<D, M, 1>(d, i, offsets, n + x.len() - 1, std::array::from_ref(one));
+    fn rows<D: DotI8, const M: usize>(&mut self, d: D, i: usize, offsets: &[D::Sums; PART], first: usize, x: &[Row]) {
+        for (n, x) in x.iter().enumerate() {
+            self.dot::<D, M>(d, i, offsets, first + n, x);
         }
     }
 
-    /// The products of `M` rows of W with `N` of x.
+    // The loops over `0..M` and the like below are unrolled into registers; iterators
+    // and closures of the standard library would not be inlined for certain.
+
+    /// The products of `M` rows of W with row `n` of x.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
-    fn dot<D: DotI8, const M: usize, const N: usize>(
-        &mut self,
-        d: D,
-        i: usize,
-        offsets: &[D::Sums; PART],
-        first: usize,
-        x: &[Row; N],
-    ) {
+    fn dot<D: DotI8, const M: usize>(&mut self, d: D, i: usize, offsets: &[D::Sums; PART], n: usize, x: &Row) {
         let (s, units) = (d.simd(), self.w.row / BYTES);
+        let lines = &x.lines[..units];
         let mut w = [self.w.row(self.first + i); M];
-        let mut lines = [&x[0].lines[..units]; N];
-        let mut sums = [[[d.zero(); LIMBS]; N]; M];
+        let mut sums = [[d.zero(); LIMBS]; M];
         for m in 0..M {
             w[m] = &self.w.row(self.first + i + m)[..units];
-            for n in 0..N {
-                lines[n] = &x[n].lines[..units];
-                sums[m][n][0] = offsets[i + m];
-            }
+            sums[m][0] = offsets[i + m];
         }
         for u in 0..units {
-            let mut values = [d.load(&w[0][u]); M];
-            for m in 1..M {
-                values[m] = d.load(&w[m][u]);
+            let mut x = [d.load(&lines[u][0].0); LIMBS];
+            for k in 1..LIMBS {
+                x[k] = d.load(&lines[u][k].0);
             }
-            for n in 0..N {
+            for m in 0..M {
+                let w = d.load(&w[m][u]);
                 for k in 0..LIMBS {
-                    let x = d.load(&lines[n][u][k].0);
-                    for m in 0..M {
-                        sums[m][n][k] = d.dot(x, values[m], sums[m][n][k]);
-                    }
+                    sums[m][k] = d.dot(x[k], w, sums[m][k]);
                 }
             }
         }
-        for n in 0..N {
-            let scale = x[n].scale.unwrap_or_default();
-            let y = &mut self.y.row(first + n)[i..i + M];
-            for m in 0..M {
-                y[m] = T::from_f32(s.sum(join(d, sums[m][n])) * scale * self.factors[self.first + i + m]);
-            }
+        let (scale, y) = (x.scale.unwrap_or_default(), &mut self.y.row(n)[i..i + M]);
+        for m in 0..M {
+            y[m] = T::from_f32(s.sum(join(d, sums[m])) * scale * self.factors[self.first + i + m]);
         }
     }
 }
