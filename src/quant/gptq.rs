@@ -1,9 +1,11 @@
 //! `gptq`: 4-bit integers with integer zero points, as read from GPTQ and AWQ
 //! files.
 
+use super::act_order::{ActOrder, ColumnOrder};
 use super::{Meta, PackedWeight, Parts, Scheme, matrix};
 use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 /// value = scale · (q − zero), rounded once to the weight's dtype.
@@ -23,13 +25,39 @@ pub(super) struct Gptq {
 }
 
 /// Whether each column is in the group that it would be in by its place.
-fn in_order(group: &Tensor, size: i64) -> Result<bool> {
-    let group = Vec::<i64>::try_from(group)?;
-    Ok(group.chunks(size as usize).zip(0..).all(|(columns, number)| columns.iter().all(|group| *group == number)))
+fn in_order(group: &[i64], size: i64) -> bool {
+    group.chunks(size as usize).zip(0..).all(|(columns, number)| columns.iter().all(|group| *group == number))
+}
+
+/// A weight of these parts. Columns whose groups are out of order (`act_order`) are laid in order where that makes
+/// whole groups of them.
+pub(super) fn assemble(mut parts: Parts, group_size: i64) -> Result<Arc<dyn PackedWeight>> {
+    let columns = matrix(&parts.sizes)[1];
+    let known = ColumnOrder::take(&mut parts, columns)?;
+    let mut weight = Gptq::assemble(parts, group_size)?;
+    let order = if known.is_none() && !weight.in_order { weight.sort()? } else { known };
+    Ok(match order {
+        Some(order) => Arc::new(ActOrder::new(weight, order)),
+        None => Arc::new(weight),
+    })
+}
+
+/// The codes (rows, columns) of bytes (rows, ⌈columns / 2⌉), one to a byte.
+fn codes(data: &Tensor, columns: i64) -> Result<Tensor> {
+    let codes = Tensor::f_stack(&[data.f_bitwise_and(15)?, data.f_bitwise_right_shift_tensor_scalar(4)?], 2)?;
+    Ok(codes.f_view([data.size2()?.0, -1])?.f_narrow(1, 0, columns)?)
+}
+
+/// Two codes to a byte along rows, the even column in the low nibble.
+pub(super) fn pairs(codes: &Tensor) -> Result<Tensor> {
+    let (rows, columns) = codes.size2()?;
+    let codes = codes.f_constant_pad_nd([0, columns % 2])?.f_contiguous()?.f_view([rows, -1, 2])?;
+    let high = codes.f_select(2, 1)?.f_bitwise_left_shift_tensor_scalar(4)?;
+    Ok(codes.f_select(2, 0)?.f_bitwise_or_tensor(&high)?)
 }
 
 impl Gptq {
-    pub(super) fn assemble(mut parts: Parts, group_size: i64) -> Result<Self> {
+    fn assemble(mut parts: Parts, group_size: i64) -> Result<Self> {
         let ([rows, columns], device) = (matrix(&parts.sizes), parts.device());
         if group_size < 1 {
             return Err(parts.wrong("", "a group size of at least 1", group_size.to_string()));
@@ -39,23 +67,36 @@ impl Gptq {
         let scale = parts.take("weight.scale", parts.kind, &[rows, groups])?;
         let zero = parts.take("weight.zero", Kind::Uint8, &[rows, groups])?;
         let group = parts.take("weight.group", Kind::Int64, &[columns])?;
-        let (low, high) = group.get().f_aminmax(None, false)?;
-        let (low, high) = (i64::try_from(low)?, i64::try_from(high)?);
-        if low < 0 || high >= groups {
-            let expected = format!("groups from 0 to {}", groups - 1);
-            return Err(parts.wrong("weight.group", expected, format!("{low} to {high}")));
+        let numbers = Vec::<i64>::try_from(&group.get())?;
+        if let Some(found) = numbers.iter().find(|number| !(0..groups).contains(*number)) {
+            return Err(parts.wrong("weight.group", format!("groups from 0 to {}", groups - 1), found.to_string()));
         }
-        let in_order = in_order(&group.get(), group_size)?;
+        let in_order = in_order(&numbers, group_size);
         let (sizes, kind) = parts.finish()?;
         Ok(Gptq { data, scale, zero, group, group_size, in_order, meta: Meta { sizes, kind, device } })
     }
 
+    /// Lays the columns in the order of their groups, if each group then has as many as it would by its place;
+    /// answers which column lies where.
+    fn sort(&mut self) -> Result<Option<ColumnOrder>> {
+        let group = Vec::<i64>::try_from(&self.group.get())?;
+        let mut columns: Vec<i64> = (0..).take(group.len()).collect();
+        columns.sort_by_key(|column| group[*column as usize]);
+        let sorted: Vec<i64> = columns.iter().map(|column| group[*column as usize]).collect();
+        if !in_order(&sorted, self.group_size) {
+            return Ok(None);
+        }
+        let order = ColumnOrder::new(&columns, self.meta.device)?;
+        let codes = codes(&self.data.get(), columns.len() as i64)?;
+        self.data = SharedTensor::new(pairs(&order.lay(&codes)?)?);
+        self.group = SharedTensor::new(Tensor::from_slice(&sorted).f_to_device(self.meta.device)?);
+        self.in_order = true;
+        Ok(Some(order))
+    }
+
     fn unpack(&self, out: &mut Tensor, rows: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
         let columns = matrix(&self.meta.sizes)[1];
-        let data = rows(&self.data.get())?;
-        let n = data.size2()?.0;
-        let codes = Tensor::f_stack(&[data.f_bitwise_and(15)?, data.f_bitwise_right_shift_tensor_scalar(4)?], 2)?;
-        let codes = codes.f_view([n, -1])?.f_narrow(1, 0, columns)?;
+        let codes = codes(&rows(&self.data.get())?, columns)?;
         let group = self.group.get();
         let of_columns = |t: &SharedTensor| -> Result<Tensor> { Ok(rows(&t.get())?.f_index_select(1, &group)?) };
         let (scale, zero) = (of_columns(&self.scale)?, of_columns(&self.zero)?);

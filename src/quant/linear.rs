@@ -4,6 +4,7 @@
 //! The node keeps it packed and unpacks it again, tile by tile; plain autograd
 //! would keep every dequantised weight alive until the backward pass.
 
+use super::act_order::gathered;
 use super::op::{self, Op};
 use super::{LinearMap, PackedWeight, cpu, gemm, tiles};
 use crate::error::{Error, Result};
@@ -44,6 +45,9 @@ fn few(weight: &dyn PackedWeight, kind: Kind, device: Device, transposed: bool) 
 ///
 /// Sums are in f32, or f64 for such x.
 pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    if let Some(lying) = weight.reordered() {
+        return product(lying.weight, &gathered(x, &lying.columns)?, bias);
+    }
     let (kind, [out, inn]) = (x.f_kind()?, weight.shape());
     let bias = bias.map(|b| b.f_to_kind(kind)).transpose()?;
     let (n, wide) = (x.size2()?.0, gemm::product_kind(kind, x.device()));
@@ -78,6 +82,9 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
 ///
 /// Sums are in f32, or f64 for such g.
 pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Result<Tensor> {
+    if let Some(lying) = weight.reordered() {
+        return gathered(&product_transposed(lying.weight, g)?, &lying.places);
+    }
     let (kind, [out, inn]) = (g.f_kind()?, weight.shape());
     let wide = gemm::product_kind(kind, g.device());
     let n = g.size2()?.0;

@@ -4,6 +4,7 @@
 //! rows; `linear` builds the products and the autograd node on that, so that
 //! at most one tile of a weight is dense at any time.
 
+mod act_order;
 mod affine;
 mod cast;
 mod codebook;
@@ -56,6 +57,18 @@ pub struct Meta {
     pub kind: Kind,
     /// See [`PackedWeight::device`].
     pub device: Device,
+}
+
+/// A weight whose columns lie in another order than the model's; see
+/// [`PackedWeight::reordered`].
+#[derive(Debug)]
+pub struct Reordered<'a> {
+    /// The weight, with its columns as they lie.
+    pub weight: &'a dyn PackedWeight,
+    /// i64 (columns): the model's column at each place.
+    pub columns: Tensor,
+    /// i64 (columns): the place of each of the model's columns.
+    pub places: Tensor,
 }
 
 /// A frozen weight in the form it is kept in memory.
@@ -120,6 +133,12 @@ pub trait PackedWeight: Debug + Send + Sync {
     /// need it. They are not in GPTQ files made with `act_order`.
     fn in_order(&self) -> bool {
         true
+    }
+
+    /// The weight as it lies, where its columns are [in order](Self::in_order) only in another
+    /// order than the model's.
+    fn reordered(&self) -> Option<Reordered<'_>> {
+        None
     }
 
     /// Bytes that the packed tensors take.
@@ -269,7 +288,7 @@ pub(crate) fn assemble(parts: Parts) -> Result<Arc<dyn PackedWeight>> {
         Scheme::Nf4 { .. } | Scheme::Fp4 { .. } => Arc::new(codebook::Codebook::assemble(parts)?),
         Scheme::Mxfp4 => Arc::new(mxfp4::Mxfp4::assemble(parts)?),
         Scheme::Bf16 | Scheme::F16 => Arc::new(cast::Cast::assemble(parts)?),
-        Scheme::Gptq { group_size } => Arc::new(gptq::Gptq::assemble(parts, group_size)?),
+        Scheme::Gptq { group_size } => gptq::assemble(parts, group_size)?,
     })
 }
 

@@ -33,16 +33,10 @@ pub(in crate::quant) fn same(found: &Tensor, expected: &Tensor, what: &str) {
 }
 
 /// A weight with random codes, scales and zeros, as GPTQ's files hold it.
-pub(in crate::quant) fn gptq(
-    [rows, columns]: [i64; 2],
-    kind: Kind,
-    group_size: i64,
-    in_order: bool,
-) -> Arc<dyn PackedWeight> {
+pub(in crate::quant) fn gptq([rows, columns]: [i64; 2], kind: Kind, group_size: i64) -> Arc<dyn PackedWeight> {
     let groups = (columns + group_size - 1) / group_size;
     let bytes = |top: i64, shape: [i64; 2]| Tensor::randint(top, shape, (Kind::Uint8, Device::Cpu));
     let place = Tensor::arange(columns, (Kind::Int64, Device::Cpu));
-    let place = if in_order { place } else { place.flip([0]) };
     let tensors = [
         ("weight", bytes(256, [rows, (columns + 1) / 2])),
         ("weight.scale", Tensor::randn([rows, groups], (Kind::Float, Device::Cpu)).to_kind(kind)),
@@ -59,7 +53,7 @@ pub(in crate::quant) fn packed(shape: [i64; 2], kind: Kind) -> Vec<Arc<dyn Packe
     let weight = weight(shape, kind);
     let packed = schemes().into_iter().map(|scheme| crate::quant::quantize("w", &weight, scheme).unwrap());
     let group = [128, 64, 10].into_iter().find(|group| shape[1] % group == 0);
-    packed.chain(group.map(|group| gptq(shape, kind, group, true))).collect()
+    packed.chain(group.map(|group| gptq(shape, kind, group))).collect()
 }
 
 /// Every scheme, shape, pair of dtypes, range and index, into outputs full of NaN: `unpack` writes
@@ -112,17 +106,6 @@ fn kernels_unpack_the_same_bits() {
         whole
     };
     unpacks_the_same_bits(by_operators, run);
-}
-
-#[test]
-fn groups_out_of_order_are_left_to_the_operators() {
-    let packed = gptq([6, 256], Kind::Float, 64, false);
-    let mut out = Tensor::zeros([6, 256], (Kind::Float, Device::Cpu));
-    assert!(!run(packed.as_ref(), Op::Unpack { row: 0, columns: 0..256, out: &mut out }).unwrap());
-    packed.unpack_rows(0, &mut out).unwrap();
-    let mut expected = Tensor::zeros([6, 256], (Kind::Float, Device::Cpu));
-    packed.rows_by_operators(0, &mut expected).unwrap();
-    same(&out, &expected, "out of order");
 }
 
 #[test]

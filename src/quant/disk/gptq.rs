@@ -12,6 +12,7 @@
 
 use super::{Files, Wanted};
 use crate::error::Result;
+use crate::quant::gptq::pairs;
 use crate::quant::{Parts, Scheme, matrix};
 use std::collections::BTreeMap;
 use tch::{Kind, Tensor};
@@ -99,12 +100,4 @@ fn nibbles(packed: &Tensor, dim: i64, awq: bool) -> Result<Tensor> {
     let (rows, columns) = packed.size2()?;
     let shape = if dim == 0 { [8 * rows, columns] } else { [rows, 8 * columns] };
     Ok(Tensor::f_stack(&codes, dim + 1)?.f_reshape(shape)?)
-}
-
-/// Two codes per byte along rows, the even column in the low nibble.
-fn pairs(codes: &Tensor) -> Result<Tensor> {
-    let (rows, columns) = codes.size2()?;
-    let codes = codes.f_constant_pad_nd([0, columns % 2])?.f_contiguous()?.f_view([rows, -1, 2])?;
-    let high = codes.f_select(2, 1)?.f_bitwise_left_shift_tensor_scalar(4)?;
-    Ok(codes.f_select(2, 0)?.f_bitwise_or_tensor(&high)?)
 }

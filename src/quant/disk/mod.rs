@@ -19,6 +19,7 @@ mod write;
 pub(crate) use files::Files;
 pub(crate) use write::{MAP_FILE, Shard, write_json, write_shards};
 
+use super::act_order::ORDER;
 use super::{Parts, Scheme};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -104,7 +105,9 @@ fn native(files: &Files, wanted: Wanted<'_>, record: &Record) -> Result<Parts> {
     let kind = kind_named(&record.dtype)
         .ok_or_else(|| files.corrupt(format!("{} has the dtype {}, unknown here", wanted.path, record.dtype)))?;
     let mut tensors = BTreeMap::new();
-    for name in native_names(record.scheme) {
+    // Only a weight whose columns lie in an order of their own has one.
+    let order = files.has(&wanted.key(ORDER)).then_some(ORDER);
+    for name in native_names(record.scheme).iter().copied().chain(order) {
         tensors.insert(name.to_string(), files.take(&wanted.key(name), wanted.device)?);
     }
     Ok(wanted.parts(record.scheme, kind, tensors))
