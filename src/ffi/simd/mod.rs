@@ -138,19 +138,6 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     Portable.vectorize(kernel)
 }
 
-/// [`Simd::SUMS`] of this processor.
-pub(crate) fn registers_for_sums() -> usize {
-    struct Registers;
-    impl Kernel for Registers {
-        type Output = usize;
-
-        fn run<S: Simd>(self, _: S) -> usize {
-            S::SUMS
-        }
-    }
-    dispatch(Registers)
-}
-
 /// Whether this is an x86 processor with AVX2 or more that is not Intel's.
 pub(crate) fn wide_but_not_intel() -> bool {
     #[cfg(target_arch = "x86_64")]

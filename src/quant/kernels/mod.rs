@@ -81,7 +81,7 @@ fn factors<F: Format>(format: &F, rows: usize) -> Vec<f32> {
 
 /// Calls a kernel for 16, 8, 4, 2 or 1 rows at a time.
 macro_rules! by_rows {
-    ($kernel:ident, $of_many:ident::<$element:ty, $x:ty>, $format:expr, $shape:expr, $from:expr, $width:expr, $to:expr, $to_width:expr) => {{
+    ($kernel:ident::<$element:ty, $x:ty>, $format:expr, $shape:expr, $from:expr, $width:expr, $to:expr, $to_width:expr) => {{
         let (mut from, mut to) = ($from, $to);
         while !from.is_empty() {
             let rows = match from.len() / $width {
@@ -97,8 +97,8 @@ macro_rules! by_rows {
                 1 => few::$kernel::<F, $element, $x, T, 1>($format, $shape, x, y)?,
                 2 => few::$kernel::<F, $element, $x, T, 2>($format, $shape, x, y)?,
                 4 => few::$kernel::<F, $element, $x, T, 4>($format, $shape, x, y)?,
-                8 => few::$of_many::<F, $element, $x, T, 8>($format, $shape, x, y)?,
-                _ => few::$of_many::<F, $element, $x, T, 16>($format, $shape, x, y)?,
+                8 => few::$kernel::<F, $element, $x, T, 8>($format, $shape, x, y)?,
+                _ => few::$kernel::<F, $element, $x, T, 16>($format, $shape, x, y)?,
             }
             (from, to) = (from_rest, to_rest);
         }
@@ -120,9 +120,9 @@ pub(crate) fn product<F: InBf16, T: Float>(format: &F, shape: [usize; 2], x: &[T
     }
     match T::as_bf16(x) {
         Some(x) if in_bf16(format, shape[1], x, shape[1]) => {
-            by_rows!(product, product_of_many::<bf16, bf16>, format, shape, x, shape[1], y, shape[0])
+            by_rows!(product::<bf16, bf16>, format, shape, x, shape[1], y, shape[0])
         }
-        _ => by_rows!(product, product_of_many::<f32, T>, format, shape, x, shape[1], y, shape[0]),
+        _ => by_rows!(product::<f32, T>, format, shape, x, shape[1], y, shape[0]),
     }
 }
 
@@ -146,8 +146,8 @@ pub(crate) fn product_transposed<F: InBf16, T: Float>(
     }
     match T::as_bf16(g) {
         Some(g) if in_bf16(format, shape[1], g, shape[0]) => {
-            by_rows!(product_transposed, product_transposed::<bf16, bf16>, format, shape, g, shape[0], dx, shape[1])
+            by_rows!(product_transposed::<bf16, bf16>, format, shape, g, shape[0], dx, shape[1])
         }
-        _ => by_rows!(product_transposed, product_transposed::<f32, T>, format, shape, g, shape[0], dx, shape[1]),
+        _ => by_rows!(product_transposed::<f32, T>, format, shape, g, shape[0], dx, shape[1]),
     }
 }

@@ -1,10 +1,14 @@
 //! y = x · Wᵀ of few rows.
 
-use super::{PART, STRIP, add_up, by_columns};
+use super::STRIP;
 use crate::error::Result;
+use crate::ffi::compute::for_each_chunk;
 use crate::ffi::simd::{Packing, Simd};
 use crate::quant::kernels::arithmetic::{Arithmetic, Element, Lanes, Multiplies, Unit};
 use crate::quant::kernels::{Float, Format};
+
+/// Rows of W that a thread takes at a time.
+const PART: usize = 32;
 
 /// y = x · Wᵀ for `N` rows.
 pub(in crate::quant::kernels) fn product<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
@@ -31,14 +35,19 @@ pub(super) fn product_by<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, 
             to[n].fill::<F, X>(from);
         }
     }
-    by_columns(out, y, |row, columns| run(Product { format, row, x: &units, columns }))
+    let mut columns = vec![[0f32; N]; out];
+    for_each_chunk(&mut columns, PART, |i, columns| run(Product { format, row: i * PART, x: &units, columns }))?;
+    for (n, y) in y.chunks_exact_mut(out).enumerate() {
+        y.iter_mut().zip(&columns).for_each(|(to, from)| *to = T::from_f32(from[n]));
+    }
+    Ok(())
 }
 
 pub(super) struct Product<'a, F: Format, E: Element<F>, const N: usize> {
-    format: &'a F,
+    pub(super) format: &'a F,
     /// The first row of W.
     row: usize,
-    x: &'a [[Unit<E>; N]],
+    pub(super) x: &'a [[Unit<E>; N]],
     columns: &'a mut [[f32; N]],
 }
 
@@ -51,22 +60,31 @@ impl<F: Format, E: Element<F>, const N: usize> Multiplies<F, E> for Product<'_, 
         // Units of x that stay in the cache for all rows of W.
         let strip = (STRIP / size_of::<[Unit<E>; N]>()).max(1);
         for (i, x) in self.x.chunks(strip).enumerate() {
-            // As many sums as there are registers for.
             match (N, A::S::SUMS) {
-                (1..=4, 16..) => self.rows::<A, 4>(a, x, i * strip, sums),
-                (8, 16..) => self.rows::<A, 2>(a, x, i * strip, sums),
-                (1, _) => self.rows::<A, 2>(a, x, i * strip, sums),
-                _ => self.rows::<A, 1>(a, x, i * strip, sums),
+                // As many sums as there are registers for.
+                (..=4, 16..) => self.rows::<A, 4, 0>(a, x, i * strip, sums),
+                (1, _) => self.rows::<A, 2, 0>(a, x, i * strip, sums),
+                (..=4, _) => self.rows::<A, 1, 0>(a, x, i * strip, sums),
+                // Of values, beside x and a sum.
+                (_, 16..) => self.rows::<A, 4, 2>(a, x, i * strip, sums),
+                _ => self.rows::<A, 2, 1>(a, x, i * strip, sums),
             }
         }
-        add_up(a, self.format, self.row, sums, self.columns);
+        let s = a.simd();
+        for (row, (column, sums)) in self.columns.iter_mut().zip(sums).enumerate() {
+            let factor = a.factor(self.format, self.row + row);
+            for n in 0..N {
+                column[n] = s.sum(s.load(&sums[n].0)) * factor;
+            }
+        }
     }
 }
 
 impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
-    /// Adds the products with a strip of x, which begins at this unit, `M` rows of W at a time.
+    /// Adds the products with a strip of x, which begins at this unit, `M` rows of W at a time: of these, `U` units stay
+    /// in registers, or else the sums.
     #[inline(always)]
-    fn rows<A: Arithmetic<F, Element = E>, const M: usize>(
+    fn rows<A: Arithmetic<F, Element = E>, const M: usize, const U: usize>(
         &self,
         a: A,
         x: &[[Unit<E>; N]],
@@ -76,10 +94,26 @@ impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
         let (groups, rest) = sums.as_chunks_mut::<M>();
         let rest_row = self.row + groups.len() * M;
         for (i, group) in groups.iter_mut().enumerate() {
-            self.dot::<A, M>(a, [self.row + i * M, unit], x, group);
+            self.some::<A, M, U>(a, [self.row + i * M, unit], x, group);
         }
         for (i, sums) in rest.iter_mut().enumerate() {
-            self.dot::<A, 1>(a, [rest_row + i, unit], x, std::array::from_mut(sums));
+            self.some::<A, 1, U>(a, [rest_row + i, unit], x, std::array::from_mut(sums));
+        }
+    }
+
+    /// The same of `M` rows of W, from `row` on.
+    #[inline(always)]
+    fn some<A: Arithmetic<F, Element = E>, const M: usize, const U: usize>(
+        &self,
+        a: A,
+        [row, unit]: [usize; 2],
+        x: &[[Unit<E>; N]],
+        sums: &mut [[Lanes; N]; M],
+    ) {
+        if U == 0 {
+            self.dot::<A, M>(a, [row, unit], x, sums);
+        } else {
+            self.pass::<A, M, U>(a, [row, unit], x, sums);
         }
     }
 

@@ -1,80 +1,22 @@
 //! Products with few rows: values go from the packed bytes through registers
-//! into the sums, and no decoded weight is written anywhere but, where rows are
-//! too many for the registers, into the first-level cache.
+//! into the sums, and no decoded weight is written anywhere.
 //!
 //! For weights whose rows are whole blocks of a multiple of a unit's elements.
 //! Sums are in f32, in an order that depends on the shapes and the instruction
 //! set only, not on the number of threads.
 
-mod cached;
 mod forward;
+mod passing;
 mod transposed;
 
 pub(super) use forward::product;
 pub(super) use transposed::product_transposed;
 
-use super::arithmetic::{Arithmetic, Element, Lanes};
-use super::{Float, Format};
-use crate::error::Result;
-use crate::ffi::compute::for_each_chunk;
-use crate::ffi::simd::{Simd, registers_for_sums};
-use cached::Cached;
-
 /// Bytes of x or of dX, all rows together, that stay in the first-level cache.
 const STRIP: usize = 24 << 10;
-/// Weight rows that a thread takes at a time for x · Wᵀ.
-const PART: usize = 32;
-
-/// y = x · Wᵀ for `N` rows, 8 or 16.
-pub(super) fn product_of_many<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
-    format: &F,
-    shape: [usize; 2],
-    x: &[X],
-    y: &mut [T],
-) -> Result<()> {
-    // Beyond, each row of W would be multiplied on its own.
-    if N < registers_for_sums() {
-        forward::product::<F, E, X, T, N>(format, shape, x, y)
-    } else {
-        cached::product_by(format, shape, x, y, |part: Cached<F, E, N>| E::run(part))
-    }
-}
-
-/// y (n, out) of its columns, which `f` is given in parts, each with its first row of W.
-fn by_columns<T: Float, const N: usize>(
-    out: usize,
-    y: &mut [T],
-    f: impl Fn(usize, &mut [[f32; N]]) + Sync,
-) -> Result<()> {
-    let mut columns = vec![[0f32; N]; out];
-    for_each_chunk(&mut columns, PART, |i, columns| f(i * PART, columns))?;
-    for (n, y) in y.chunks_exact_mut(out).enumerate() {
-        y.iter_mut().zip(&columns).for_each(|(to, from)| *to = T::from_f32(from[n]));
-    }
-    Ok(())
-}
-
-/// Adds up the lanes of the sums for columns of y, of which the first is of this row of W.
-#[inline(always)]
-fn add_up<F: Format, A: Arithmetic<F>, const N: usize>(
-    a: A,
-    format: &F,
-    first: usize,
-    sums: &[[Lanes; N]],
-    columns: &mut [[f32; N]],
-) {
-    let s = a.simd();
-    for (row, (column, sums)) in columns.iter_mut().zip(sums).enumerate() {
-        let factor = a.factor(format, first + row);
-        for n in 0..N {
-            column[n] = s.sum(s.load(&sums[n].0)) * factor;
-        }
-    }
-}
 
 #[cfg(test)]
 mod tests {
-    use super::cached::{self, Cached};
     use super::forward::{Product, product_by};
     use super::transposed::{Transposed, product_transposed_by};
     use crate::ffi::simd::tests::on_all;
@@ -82,14 +24,13 @@ mod tests {
     use crate::quant::kernels::arithmetic::RunF32;
     use crate::quant::kernels::{Bytes, Codes, Floats, Format, I8};
 
-    /// Both products with `N` rows, on an instruction set; x · Wᵀ by way of the cache if `cached`.
+    /// Both products with `N` rows, on an instruction set.
     #[derive(Debug)]
     struct Both<'a, F, const N: usize> {
         format: &'a F,
         shape: [usize; 2],
         x: &'a [f32],
         g: &'a [f32],
-        cached: bool,
     }
 
     impl<F, const N: usize> Clone for Both<'_, F, N> {
@@ -104,16 +45,10 @@ mod tests {
         type Output = [Vec<f32>; 2];
 
         fn run<S: Simd>(self, s: S) -> Self::Output {
-            let Both { format, shape: [out, inn], x, g, cached } = self;
+            let Both { format, shape: [out, inn], x, g } = self;
             let (mut y, mut dx) = (vec![f32::NAN; N * out], vec![f32::NAN; N * inn]);
-            if cached {
-                cached::product_by(format, self.shape, x, &mut y, |part: Cached<F, f32, N>| {
-                    s.vectorize(RunF32::new(part));
-                })
-            } else {
-                product_by(format, self.shape, x, &mut y, |part: Product<F, f32, N>| s.vectorize(RunF32::new(part)))
-            }
-            .unwrap();
+            product_by(format, self.shape, x, &mut y, |part: Product<F, f32, N>| s.vectorize(RunF32::new(part)))
+                .unwrap();
             product_transposed_by(format, self.shape, g, &mut dx, |part: Transposed<F, f32, N>| {
                 s.vectorize(RunF32::new(part));
             })
@@ -161,23 +96,24 @@ mod tests {
 
     #[test]
     fn every_instruction_set_multiplies() {
-        // More than a strip of either number of rows, and rows left over of any group.
-        const SHAPE: [usize; 2] = [39, 1088];
+        // More than a strip of either number of rows, rows left over of any group, and units of any number together.
+        const SHAPE: [usize; 2] = [39, 1120];
         let bytes: Vec<u8> = numbers(SHAPE[0] * SHAPE[1]).iter().map(|v| (v * 127.0) as i8 as u8).collect();
-        let scales = numbers(bytes.len() / 64);
+        let scales = numbers(bytes.len() / 32);
         let code: [f32; LANES] = std::array::from_fn(|i| i as f32 / 8.0 - 1.0);
-        let nibbles = &bytes[..bytes.len() / 2];
-        let codes = Codes::<_, f32>::new(nibbles, &scales[..], &code, 64);
+        let codes =
+            |block| Codes::<_, f32>::new(&bytes[..bytes.len() / 2], &scales[..bytes.len() / block], &code, block);
+        let (small, large) = (codes(32), codes(224));
         let integers = Bytes::<I8>::new(&bytes, Floats::F32(&scales[..SHAPE[0]]), SHAPE[1]);
         let (x, g) = (numbers(16 * SHAPE[1]), numbers(16 * SHAPE[0]));
         macro_rules! rows {
-            ($cached:literal: $($n:literal)*) => { $(
+            ($($n:literal)*) => { $(
                 let (some_x, some_g) = (&x[..$n * SHAPE[1]], &g[..$n * SHAPE[0]]);
-                multiplies(Both::<_, $n> { format: &codes, shape: SHAPE, x: some_x, g: some_g, cached: $cached });
-                multiplies(Both::<_, $n> { format: &integers, shape: SHAPE, x: some_x, g: some_g, cached: $cached });
+                multiplies(Both::<_, $n> { format: &small, shape: SHAPE, x: some_x, g: some_g });
+                multiplies(Both::<_, $n> { format: &large, shape: SHAPE, x: some_x, g: some_g });
+                multiplies(Both::<_, $n> { format: &integers, shape: SHAPE, x: some_x, g: some_g });
             )* };
         }
-        rows!(false: 1 2 4 8 16);
-        rows!(true: 8 16);
+        rows!(1 2 4 8 16);
     }
 }
