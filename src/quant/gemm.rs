@@ -17,7 +17,7 @@ use std::sync::OnceLock;
 use tch::{Device, Kind, Tensor};
 
 /// Rows from which oneDNN is the faster one.
-const ONEDNN_ROWS: i64 = 64;
+pub(crate) const ONEDNN_ROWS: i64 = 64;
 
 /// The dtype to multiply matrices of `kind` in, and to round the result from:
 /// f32 instead of 16 bits where that is faster.

@@ -29,12 +29,18 @@ fn dense_matrix(weight: &dyn PackedWeight, kind: Kind) -> Result<Option<Tensor>>
 /// have that too; its g·W of so few rows doesn't.
 const FEW: i64 = 16;
 const FEW_OF_16_BITS: i64 = 8;
+/// The same on AMD's processors with AVX-512: up to here libtorch's products of f32 are MKL's, which
+/// takes 256-bit code there and, with 24 to 48 rows, several times as long as the kernels; and of bf16.
+const FEW_ON_AMD: i64 = gemm::ONEDNN_ROWS;
+const FEW_OF_BF16_ON_AMD: i64 = 32;
 
 /// Rows up to which the kernels multiply: g · W if `transposed`, else x · Wᵀ.
 fn few(weight: &dyn PackedWeight, kind: Kind, device: Device, transposed: bool) -> i64 {
     match device {
         Device::Cpu if cpu::multiplies_many(weight, kind) => i64::MAX,
-        Device::Cpu if transposed || kind == Kind::BFloat16 && multiplies_bf16_faster() => FEW,
+        Device::Cpu if kind == Kind::Float && multiplies_bf16_faster() => FEW_ON_AMD,
+        Device::Cpu if kind == Kind::BFloat16 && multiplies_bf16_faster() => FEW_OF_BF16_ON_AMD,
+        Device::Cpu if transposed => FEW,
         Device::Cpu if kind != Kind::Float && kind == gemm::product_kind(kind, device) => FEW_OF_16_BITS,
         // A card's kernels are bound by its memory up to the same number in any dtype.
         _ => FEW,

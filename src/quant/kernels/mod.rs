@@ -40,8 +40,8 @@ use crate::ffi::simd::{Amx, multiplies_bf16, multiplies_bf16_faster};
 use arithmetic::Element;
 use half::bf16;
 
-/// Rows beyond which products are for many.
-pub(crate) const FEW: usize = 16;
+/// Rows beyond which products are for many: a caller may find it to be fewer.
+const FEW: usize = 64;
 
 /// Rows up to which tile registers gain nothing.
 const TOO_FEW_FOR_TILES: usize = 8;
