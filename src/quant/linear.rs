@@ -29,9 +29,10 @@ fn dense_matrix(weight: &dyn PackedWeight, kind: Kind) -> Result<Option<Tensor>>
 /// have that too; its g·W of so few rows doesn't.
 const FEW: i64 = 16;
 const FEW_OF_16_BITS: i64 = 8;
-/// The same on AMD's processors with AVX-512: up to here libtorch's products of f32 are MKL's, which
-/// takes 256-bit code there and, with 24 to 48 rows, several times as long as the kernels; and of bf16.
+/// The same of f32 on AMD's processors with AVX-512, where products of fewer rows than oneDNN takes are MKL's,
+/// which uses half of the registers' width.
 const FEW_ON_AMD: i64 = gemm::ONEDNN_ROWS;
+/// The same of bf16 there.
 const FEW_OF_BF16_ON_AMD: i64 = 32;
 
 /// Rows up to which the kernels multiply: g · W if `transposed`, else x · Wᵀ.
