@@ -125,27 +125,18 @@ impl<W: PackedWeight> PackedWeight for ActOrder<W> {
 
 #[cfg(test)]
 mod tests {
-    use crate::quant::cpu::tests::{Values, same};
+    use crate::quant::cpu::tests::{Values, gptq, same};
     use crate::quant::linear::{product, product_transposed};
-    use crate::quant::{PackedWeight, Parts, Scheme, assemble};
+    use crate::quant::{PackedWeight, Parts, assemble};
     use std::sync::Arc;
     use tch::{Device, Kind, Tensor};
 
     const SHAPE: [i64; 2] = [70, 256];
     const GROUP: i64 = 64;
 
-    /// Random codes, scales and zeros of columns in these groups, in the model's order.
+    /// A weight whose columns, in the model's order, are in these groups.
     fn parts(group: &[i64], kind: Kind) -> Parts {
-        let [rows, columns] = SHAPE;
-        let bytes = |top: i64, shape: [i64; 2]| Tensor::randint(top, shape, (Kind::Uint8, Device::Cpu));
-        let tensors = [
-            ("weight", bytes(256, [rows, columns / 2])),
-            ("weight.scale", Tensor::randn([rows, columns / GROUP], (Kind::Float, Device::Cpu)).to_kind(kind)),
-            ("weight.zero", bytes(17, [rows, columns / GROUP])),
-            ("weight.group", Tensor::from_slice(group)),
-        ];
-        let tensors = tensors.map(|(name, tensor)| (name.to_string(), tensor)).into();
-        Parts { name: "w".into(), scheme: Scheme::Gptq { group_size: GROUP }, sizes: SHAPE.into(), kind, tensors }
+        gptq(SHAPE, kind, GROUP, Tensor::from_slice(group))
     }
 
     /// `scale · (q − zero)`, element by element.

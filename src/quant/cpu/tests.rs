@@ -32,20 +32,18 @@ pub(in crate::quant) fn same(found: &Tensor, expected: &Tensor, what: &str) {
     assert!(bytes(found) == bytes(expected), "{what}: {found} instead of {expected}");
 }
 
-/// A weight with random codes, scales and zeros, as GPTQ's files hold it.
-pub(in crate::quant) fn gptq([rows, columns]: [i64; 2], kind: Kind, group_size: i64) -> Arc<dyn PackedWeight> {
+/// Random codes, scales and zeros of columns in these groups, as GPTQ's files hold them.
+pub(in crate::quant) fn gptq([rows, columns]: [i64; 2], kind: Kind, group_size: i64, group: Tensor) -> Parts {
     let groups = (columns + group_size - 1) / group_size;
     let bytes = |top: i64, shape: [i64; 2]| Tensor::randint(top, shape, (Kind::Uint8, Device::Cpu));
-    let place = Tensor::arange(columns, (Kind::Int64, Device::Cpu));
     let tensors = [
         ("weight", bytes(256, [rows, (columns + 1) / 2])),
         ("weight.scale", Tensor::randn([rows, groups], (Kind::Float, Device::Cpu)).to_kind(kind)),
         ("weight.zero", bytes(17, [rows, groups])),
-        ("weight.group", place.divide_scalar_mode(group_size, "floor")),
+        ("weight.group", group),
     ];
-    let tensors = tensors.into_iter().map(|(name, tensor)| (name.to_string(), tensor)).collect();
-    let (scheme, sizes) = (Scheme::Gptq { group_size }, vec![rows, columns]);
-    crate::quant::assemble(Parts { name: "w".into(), scheme, sizes, kind, tensors }).unwrap()
+    let tensors = tensors.map(|(name, tensor)| (name.to_string(), tensor)).into();
+    Parts { name: "w".into(), scheme: Scheme::Gptq { group_size }, sizes: vec![rows, columns], kind, tensors }
 }
 
 /// Every scheme with a kernel, as weights of this shape.
@@ -53,7 +51,12 @@ pub(in crate::quant) fn packed(shape: [i64; 2], kind: Kind) -> Vec<Arc<dyn Packe
     let weight = weight(shape, kind);
     let packed = schemes().into_iter().map(|scheme| crate::quant::quantize("w", &weight, scheme).unwrap());
     let group = [128, 64, 10].into_iter().find(|group| shape[1] % group == 0);
-    packed.chain(group.map(|group| gptq(shape, kind, group))).collect()
+    let in_order = |size| {
+        let columns = Tensor::arange(shape[1], (Kind::Int64, Device::Cpu));
+        let group = columns.divide_scalar_mode(size, "floor");
+        crate::quant::assemble(gptq(shape, kind, size, group)).unwrap()
+    };
+    packed.chain(group.map(in_order)).collect()
 }
 
 /// Every scheme, shape, pair of dtypes, range and index, into outputs full of NaN: `unpack` writes

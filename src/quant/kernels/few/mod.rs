@@ -69,7 +69,7 @@ mod tests {
 
     /// Against f64, within the rounding of an f32 sum.
     fn multiplies<F: Format, const N: usize>(both: Both<F, N>) {
-        let Both { format, shape: [out, inn], x, g, .. } = both;
+        let Both { format, shape: [out, inn], x, g } = both;
         let w = |row: usize, column: usize| {
             let at = row * inn + column;
             let value = format.value(at / format.block_len(), at % format.block_len());
