@@ -143,4 +143,9 @@ char* tp_peak_memory(int device, int64_t* bytes);
 char* tp_reset_peak_memory(int device);
 const char* tp_libtorch_folder();
 char* tp_cuda_stream(int device, void** stream);
+struct tp_streams;
+char* tp_streams_new(int device, tp_streams** streams);
+void tp_streams_free(tp_streams* streams);
+char* tp_streams_wait(tp_streams* streams, bool side);
+char* tp_streams_use(tp_streams* streams, bool side);
 }

@@ -116,11 +116,12 @@ impl Affine {
         let data = Tensor::f_zeros([byte_rows, size], (Kind::Uint8, device))?;
         let [scale, shift] =
             [Tensor::f_empty([groups, 1], (kind, device))?, Tensor::f_empty([groups, 1], (kind, device))?];
+        let top = super::divisor(layout.top() as f64, weight)?;
         tiles::for_each(groups, size, |start, count| {
             let tile = weight.f_narrow(0, start, count)?;
             // Which of two zeros is found depends on the order: it is the one without a sign.
             let (low, high) = (tile.f_amin([1], true)?.f_add_scalar(0.0)?, tile.f_amax([1], true)?.f_add_scalar(0.0)?);
-            let mut step = high.f_sub(&low)?.f_div_scalar(layout.top())?;
+            let mut step = high.f_sub(&low)?.f_div(&top)?;
             let mut offset = low.f_neg()?;
             if search {
                 (step, offset) = hqq::search(&tile, &step, &offset, layout.top())?;

@@ -7,6 +7,7 @@
 
 use super::frozen::convolve;
 use super::op::{self, Op};
+use super::tilewise::narrow;
 use super::{PackedWeight, tiles};
 use crate::error::{Error, Result};
 use crate::ffi::hook::ConvolutionForm;
@@ -38,10 +39,6 @@ fn slices([out, inn]: [i64; 2], seen: i64, groups: i64, device: Device) -> Vec<S
         row += rows;
     }
     slices
-}
-
-fn narrow(tensor: &Tensor, dim: i64, range: &Range<i64>) -> Result<Tensor> {
-    Ok(tensor.f_narrow(dim, range.start, range.end - range.start)?)
 }
 
 /// A tile (rows, columns) as (rows, columns / kernel, kernel…).

@@ -58,10 +58,11 @@ impl Fp8 {
         let data = Tensor::f_empty([rows, columns], (format.kind(), device))?;
         let scale = Tensor::f_empty([rows, 1], (kind, device))?;
         let (smallest, largest) = (super::smallest_normal(kind), super::largest_scale(kind, format.largest()));
+        let top = super::divisor(format.largest(), weight)?;
         tiles::for_each(rows, columns, |start, rows| {
             let tile = weight.f_narrow(0, start, rows)?;
             let max = super::int8::absmax(&tile)?;
-            let step = max.f_div_scalar(format.largest())?.f_clamp_(smallest, largest)?;
+            let step = max.f_div(&top)?.f_clamp_(smallest, largest)?;
             scale.f_narrow(0, start, rows)?.f_copy_(&step)?;
             let mut q = tile.f_div(&step)?;
             let q = q.f_clamp_(-format.largest(), format.largest())?;

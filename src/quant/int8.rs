@@ -46,10 +46,11 @@ impl Int8 {
         let scale = Tensor::f_empty([rows, 1], (kind, device))?;
         // 127 times a scale that was rounded up must not overflow.
         let largest = super::largest_scale(kind, 127.0);
+        let top = super::divisor(127.0, weight)?;
         tiles::for_each(rows, columns, |start, rows| {
             let tile = weight.f_narrow(0, start, rows)?;
             let mut step = scale.f_narrow(0, start, rows)?;
-            step.f_copy_(&absmax(&tile)?.f_div_scalar(127.0)?.f_clamp_max_(largest)?)?;
+            step.f_copy_(&absmax(&tile)?.f_div(&top)?.f_clamp_max_(largest)?)?;
             // A row of zeros has scale 0 and must not be divided by it.
             let divisor = step.f_where_self(&step.f_ne(0.0)?, &step.f_ones_like()?)?;
             let mut q = tile.f_div(&divisor)?.f_round_()?;

@@ -6,11 +6,13 @@
 
 use super::act_order::gathered;
 use super::op::{self, Op};
-use super::{LinearMap, PackedWeight, cpu, gemm, tiles};
+use super::tilewise::{Cut, for_each_tile, narrow};
+use super::{LinearMap, PackedWeight, cpu, gemm};
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
 use crate::ffi::runtime::autocast_kind;
 use crate::ffi::simd::multiplies_bf16_faster;
+use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 /// A dense weight as the matrix that products see, if it is of their dtype:
@@ -74,13 +76,14 @@ pub(crate) fn product(weight: &dyn PackedWeight, x: &Tensor, bias: Option<&Tenso
     if wide != kind {
         return Ok(product(weight, &x.f_to_kind(wide)?, bias.as_ref())?.f_to_kind(kind)?);
     }
-    tiles::for_each_rows((kind, x.device()), [out, inn], |start, rows| {
-        tiles::with_scratch(rows, inn, kind, x.device(), |tile| {
-            if !op::run(weight, Op::Unpack { row: start, columns: 0..inn, out: tile })? {
-                weight.unpack_rows(start, tile)?;
-            }
-            gemm::multiply_into(x, &tile.f_tr()?, &mut y.f_narrow(1, start, rows)?)
-        })
+    let unpack = |rows: &Range<i64>, tile: &mut Tensor| {
+        if !op::run(weight, Op::Unpack { row: rows.start, columns: 0..inn, out: tile })? {
+            weight.unpack_rows(rows.start, tile)?;
+        }
+        Ok(true)
+    };
+    for_each_tile(Cut::Rows, (kind, x.device()), [out, inn], unpack, |rows, tile| {
+        gemm::multiply_into(x, &tile.f_tr()?, &mut narrow(&y, 1, rows)?)
     })?;
     add(y)
 }
@@ -111,26 +114,24 @@ pub(crate) fn product_transposed(weight: &dyn PackedWeight, g: &Tensor) -> Resul
     }
     // A range of columns is summed up in one product. Where only rows can be
     // unpacked, the sums of all tiles are added up in f32.
-    if tiles::for_each_columns((kind, g.device()), [out, inn], |start, columns| {
-        tiles::with_scratch(out, columns, kind, g.device(), |tile| {
-            let unpacked = op::run(weight, Op::Unpack { row: 0, columns: start..start + columns, out: tile })?;
-            if unpacked {
-                gemm::multiply_into(g, tile, &mut dx.f_narrow(1, start, columns)?)?;
-            }
-            Ok(unpacked)
-        })
+    let unpack = |columns: &Range<i64>, tile: &mut Tensor| {
+        op::run(weight, Op::Unpack { row: 0, columns: columns.clone(), out: tile })
+    };
+    if for_each_tile(Cut::Columns, (kind, g.device()), [out, inn], unpack, |columns, tile| {
+        gemm::multiply_into(g, tile, &mut narrow(&dx, 1, columns)?)
     })? {
         return Ok(dx);
     }
     let sum_kind = if kind == Kind::Double { kind } else { Kind::Float };
     let mut sum = Tensor::f_zeros([n, inn], (sum_kind, g.device()))?;
-    tiles::for_each_rows((kind, g.device()), [out, inn], |start, rows| {
-        tiles::with_scratch(rows, inn, kind, g.device(), |tile| {
-            weight.unpack_rows(start, tile)?;
-            let g = g.f_narrow(1, start, rows)?;
-            let _ = if kind == sum_kind { sum.f_addmm_(&g, tile)? } else { sum.f_add_(&g.f_mm(tile)?)? };
-            Ok(())
-        })
+    let unpack = |rows: &Range<i64>, tile: &mut Tensor| {
+        weight.unpack_rows(rows.start, tile)?;
+        Ok(true)
+    };
+    for_each_tile(Cut::Rows, (kind, g.device()), [out, inn], unpack, |rows, tile| {
+        let g = narrow(g, 1, rows)?;
+        let _ = if kind == sum_kind { sum.f_addmm_(&g, tile)? } else { sum.f_add_(&g.f_mm(tile)?)? };
+        Ok(())
     })?;
     Ok(sum.f_to_kind(kind)?)
 }

@@ -32,6 +32,7 @@ mod pattern;
 mod scheme;
 mod stack;
 mod tiles;
+mod tilewise;
 
 pub use config::{QuantConfig, QuantConfigBuilder, QuantRule, Treatment};
 pub(crate) use dense::Dense;
@@ -355,6 +356,12 @@ fn smallest_normal(kind: Kind) -> f64 {
         Kind::Half => half::f16::MIN_POSITIVE.to_f64(),
         _ => f32::MIN_POSITIVE.into(),
     }
+}
+
+/// A number to divide tensors like this one by. On CUDA, division by a plain number multiplies by its reciprocal, which
+/// is another value.
+fn divisor(number: f64, like: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::f_full([1], number, (like.f_kind()?, like.device()))?)
 }
 
 /// The largest value of the dtype whose product with `code` is finite.

@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::ffi::bytes::element_size;
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::OnceLock;
 use tch::{Device, Kind, Tensor};
 
@@ -12,7 +13,7 @@ const TILE: i64 = 1 << 20;
 
 /// Elements of a tile that a product reads: on the CPU 4 MiB, of which 16-bit
 /// numbers are twice as many.
-fn elements(kind: Kind, device: Device) -> i64 {
+pub(super) fn elements(kind: Kind, device: Device) -> i64 {
     match (device, kind) {
         (Device::Cuda(_), _) => cuda_bytes() / element_size(kind) as i64,
         (_, Kind::BFloat16 | Kind::Half) => 2 * TILE,
@@ -57,55 +58,18 @@ pub(super) fn for_each(out: i64, inn: i64, f: impl FnMut(i64, i64) -> Result<()>
     for_each_of(rows(Device::Cpu, inn), out, f)
 }
 
-/// The same, of tiles of this dtype that a product reads.
-pub(super) fn for_each_rows(
-    (kind, device): (Kind, Device),
-    [out, inn]: [i64; 2],
-    f: impl FnMut(i64, i64) -> Result<()>,
-) -> Result<()> {
-    for_each_of((elements(kind, device) / inn.max(1)).max(1), out, f)
-}
-
 /// The same, of `step` rows.
 pub(super) fn for_each_of(step: i64, out: i64, mut f: impl FnMut(i64, i64) -> Result<()>) -> Result<()> {
-    let mut start = 0;
-    while start < out {
-        let rows = step.min(out - start);
-        f(start, rows)?;
-        start += rows;
-    }
-    Ok(())
+    ranges(step, out).try_for_each(|range| f(range.start, range.end - range.start))
 }
 
-/// Columns of a tile of columns: fewer would be slow to unpack.
-const COLUMNS: i64 = 512;
-
-/// Calls `f(start, columns)` for consecutive ranges of columns of an (out, in)
-/// weight unpacked to this dtype, each of at most `KEPT` elements unless the columns are very long.
-/// Ends as soon as `f` answers no, and answers whether it never did.
-pub(super) fn for_each_columns(
-    (kind, device): (Kind, Device),
-    [out, inn]: [i64; 2],
-    mut f: impl FnMut(i64, i64) -> Result<bool>,
-) -> Result<bool> {
-    let wanted = (elements(kind, device) / out.max(1)).max(COLUMNS.min(KEPT / out.max(1)));
-    // Whole cache lines and whole blocks of most formats, and whole groups of 128 where there is room: matrix products
-    // of other widths run slower.
-    let group = if wanted < 128 { 64 } else { 128 };
-    let step = (wanted / group * group).max(64);
-    let mut start = 0;
-    while start < inn {
-        let columns = step.min(inn - start);
-        if !f(start, columns)? {
-            return Ok(false);
-        }
-        start += columns;
-    }
-    Ok(true)
+/// Consecutive ranges of at most `step`, which is at least one.
+pub(super) fn ranges(step: i64, len: i64) -> impl Iterator<Item = Range<i64>> {
+    (0..len).step_by(step as usize).map(move |start| start..len.min(start + step))
 }
 
 /// Elements of the largest scratch tile that is kept.
-const KEPT: i64 = 4 * TILE;
+pub(super) const KEPT: i64 = 4 * TILE;
 
 thread_local! {
     /// One tile per dtype that is used again and again: a fresh buffer costs
@@ -149,23 +113,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tiles_cover_every_row_once() {
-        for (out, inn) in [(1, 1), (7, TILE), (5, TILE + 1), (3000, 2048), (0, 4)] {
-            for kind in [Kind::Float, Kind::BFloat16] {
-                let mut next = 0;
-                for_each_rows((kind, Device::Cpu), [out, inn], |start, rows| {
-                    assert_eq!(start, next);
-                    assert!(rows == 1 || rows * inn <= elements(kind, Device::Cpu));
-                    next += rows;
-                    Ok(())
-                })
-                .unwrap();
-                assert_eq!(next, out);
-            }
-        }
-    }
-
-    #[test]
     fn tiles_on_cuda_are_as_large_as_they_may_be() {
         for (said, mib) in [(None, 64), (Some("16"), 16), (Some("0"), 64), (Some("-3"), 64), (Some("much"), 64)] {
             assert_eq!(cuda_bytes_of(said), mib << 20, "{said:?}");
@@ -173,28 +120,5 @@ mod tests {
         for (kind, size) in [(Kind::Float, 4), (Kind::BFloat16, 2), (Kind::Double, 8)] {
             assert_eq!(elements(kind, Device::Cuda(0)) * size, cuda_bytes());
         }
-    }
-
-    #[test]
-    fn tiles_of_columns_cover_every_column_once() {
-        for (out, inn) in [(1, 1), (7, 1 << 21), (4096, 4096), (11008, 4100), (1 << 23, 100), (4, 0)] {
-            for kind in [Kind::Float, Kind::BFloat16] {
-                let mut next = 0;
-                let all = for_each_columns((kind, Device::Cpu), [out, inn], |start, columns| {
-                    assert_eq!(start, next);
-                    assert!(columns <= 64 || columns * out <= KEPT);
-                    next += columns;
-                    Ok(true)
-                });
-                assert!(all.unwrap());
-                assert_eq!(next, inn);
-            }
-        }
-        let mut calls = 0;
-        let counted = for_each_columns((Kind::Float, Device::Cpu), [4096, 4096], |_, _| {
-            calls += 1;
-            Ok(false)
-        });
-        assert!(!counted.unwrap() && calls == 1);
     }
 }

@@ -21,10 +21,12 @@ pub(crate) mod emulation;
 mod fallback;
 mod launch;
 pub(crate) mod nvrtc;
+mod streams;
 
 pub(crate) use fallback::by_kernel;
 #[cfg(test)]
 pub(crate) use fallback::{Failed, or_operators};
+pub(crate) use streams::{CudaStreams, Stream, Streams};
 
 use crate::error::{Error, Result};
 use std::hash::{Hash, Hasher};

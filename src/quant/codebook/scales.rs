@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::ffi::shared::SharedTensor;
 use crate::quant::dynamic_map::dynamic_map;
 use crate::quant::kernels::Double;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Scales that share a scale of their own under double quantisation.
 const NESTED_BLOCK: i64 = Double::NESTED_BLOCK as i64;
@@ -32,11 +32,14 @@ pub(super) enum Scales {
 impl Scales {
     /// Quantises the scales around their mean.
     pub(super) fn double(absmax: &Tensor) -> Result<Self> {
-        let mut offset = absmax.f_mean(Kind::Float)?;
+        // Each device sums up in an order of its own; the bytes are the same on all of them.
+        let on_cpu = absmax.f_to_device(Device::Cpu)?;
+        let mut offset = on_cpu.f_mean(Kind::Float)?;
         if !f64::try_from(&offset)?.is_finite() {
             // The sum overflowed; the mean of finite scales doesn't.
-            offset = absmax.f_mean(Kind::Double)?.f_to_kind(Kind::Float)?;
+            offset = on_cpu.f_mean(Kind::Double)?.f_to_kind(Kind::Float)?;
         }
+        let offset = offset.f_to_device(absmax.device())?;
         let map = Tensor::f_from_slice(&dynamic_map(true)?)?.f_to_device(absmax.device())?;
         let (codes, nested) = quantize_blocks(&absmax.f_sub(&offset)?, NESTED_BLOCK, &map)?;
         Ok(Scales::Double {
