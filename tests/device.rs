@@ -165,6 +165,32 @@ fn a_step_is_that_of_the_cpu() {
     }
 }
 
+/// More than a tile of a GPU's: the next one is unpacked on a second stream there while one is multiplied. The stand-in
+/// refuses what doesn't wait for the other stream where it has to.
+#[test]
+fn a_weight_of_several_tiles_multiplies_as_on_the_cpu() {
+    let _rng = rng();
+    let [out, inn] = [4096 + 64, 4096];
+    let values = Generator::new(9).normal(&[out, inn], Device::Cpu).unwrap() * 0.02;
+    let x = Generator::new(10).normal(&[20, inn], Device::Cpu).unwrap();
+    let g = Generator::new(11).normal(&[20, out], Device::Cpu).unwrap();
+    for scheme in [Scheme::NF4, Scheme::Int8] {
+        let [here, there] = [Device::Cpu, device()].map(|device| {
+            let vs = nn::VarStore::new(device);
+            let linear = nn::linear(vs.root() / "large", inn, out, nn::LinearConfig { bias: false, ..Default::default() });
+            tch::no_grad(|| linear.ws.shallow_clone().copy_(&values));
+            let base = Base::new(vs, linear).quantize(&QuantConfig::builder(scheme).build().unwrap()).unwrap();
+            let x = x.detach().to_device(device).set_requires_grad(true);
+            let y = base.module().forward(&x);
+            (&y * g.to_device(device)).sum(Kind::Float).backward();
+            [y, x.grad()]
+        });
+        for (what, (there, here)) in ["y", "dX"].into_iter().zip(there.iter().zip(&here)) {
+            assert_close(&format!("{scheme:?}: {what}"), there, here, 1e-4);
+        }
+    }
+}
+
 /// The adapter's values after the steps up to `end`, in a run that may have been begun on another device.
 fn train(folder: &std::path::Path, device: Device, dropout: f64, end: u64) -> Vec<(String, Tensor)> {
     repeatable();

@@ -5,7 +5,8 @@
 // CUDA's dispatch key; operators compute with the CPU's kernels. What a GPU
 // would refuse is refused, so that code meant for one can be tested without
 // one: tensors of two devices in one operator, and raw access by code that
-// asks for a tensor of the CPU's. What makes a GPU wait for its host is counted.
+// asks for a tensor of the CPU's. What makes a GPU wait for its host is counted,
+// and memory that two streams work on without waiting for each other is refused.
 // How fast a GPU is, and how its kernels round, can't be learnt here.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
@@ -16,7 +17,9 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -46,7 +49,79 @@ const at::Generator& device_generator() {
   return generator;
 }
 
-void forget(void* storage) { delete static_cast<Storage*>(storage); }
+// The stream of this thread's operators.
+thread_local c10::StreamId current_stream = 0;
+
+// Which work is sure to be done before which: that of one stream in order, and across streams by events only. Of two
+// pieces of work on one memory, of which one writes, the later has to wait for the other; and so has the stream that
+// memory is given back to.
+class Order {
+ public:
+  // Of each stream, how many pieces of work are done.
+  using Clock = std::map<c10::StreamId, int64_t>;
+
+  void work(const void* memory, bool writes, const std::string& name) {
+    if (!memory) return;
+    std::lock_guard<std::mutex> turn(turns_);
+    auto& now = clocks_[current_stream];
+    auto& done = done_.try_emplace(memory, Done{current_stream, {}}).first->second;
+    for (const auto& [stream, piece, wrote] : done.pieces)
+      TORCH_CHECK(!(writes || wrote) || now[stream] >= piece, name, " doesn't wait for what another stream does with ",
+                  "the same memory (on the stand-in)");
+    auto mine = [](const Piece& other) { return other.stream == current_stream; };
+    if (writes) done.pieces.erase(std::remove_if(done.pieces.begin(), done.pieces.end(), mine), done.pieces.end());
+    done.pieces.push_back({current_stream, ++now[current_stream], writes});
+  }
+
+  void freed(const void* memory) {
+    std::lock_guard<std::mutex> turn(turns_);
+    auto found = done_.find(memory);
+    if (found == done_.end()) return;
+    auto& now = clocks_[found->second.owner];
+    for (const auto& piece : found->second.pieces)
+      if (now[piece.stream] < piece.number) {
+        fprintf(stderr, "memory is freed that another stream works on (on the stand-in)\n");
+        std::abort();
+      }
+    done_.erase(found);
+  }
+
+  Clock now(c10::StreamId stream) {
+    std::lock_guard<std::mutex> turn(turns_);
+    return clocks_[stream];
+  }
+
+  void wait(c10::StreamId stream, const Clock& until) {
+    std::lock_guard<std::mutex> turn(turns_);
+    for (auto [other, piece] : until) clocks_[stream][other] = std::max(clocks_[stream][other], piece);
+  }
+
+ private:
+  struct Piece {
+    c10::StreamId stream;
+    int64_t number;
+    bool writes;
+  };
+  struct Done {
+    c10::StreamId owner;
+    std::vector<Piece> pieces;
+  };
+
+  std::mutex turns_;
+  std::map<c10::StreamId, Clock> clocks_;
+  std::map<const void*, Done> done_;
+};
+
+Order& order() {
+  static auto* const order = new Order;
+  return *order;
+}
+
+void forget(void* given) {
+  auto* storage = static_cast<Storage*>(given);
+  if (storage->use_count() == 1) order().freed(storage->data());
+  delete storage;
+}
 
 // The same memory, as of another device.
 Storage as_of(const Storage& storage, Device device) {
@@ -110,6 +185,14 @@ class Call {
     return false;
   }
 
+  // What operators of the device did with their tensors' memory, given which of their arguments they write.
+  void in_order(const std::string& name, const std::vector<const void*>& written) const {
+    for (const auto& [there, here] : pairs_) {
+      const void* memory = here.storage().data();
+      order().work(memory, std::count(written.begin(), written.end(), memory) > 0, name);
+    }
+  }
+
   bool crosses() const { return !pairs_.empty() && !plain_.empty(); }
 
   bool on_device = false;
@@ -153,6 +236,7 @@ class Call {
   Storage storage_back(const Tensor& t) {
     for (auto& [there, here] : pairs_)
       if (here.storage().is_alias_of(t.storage())) return there.storage();
+    order().work(t.storage().data(), true, "a new tensor");
     return as_of(t.storage(), STANDIN);
   }
 
@@ -205,8 +289,15 @@ void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   TORCH_CHECK(depth < 16, "the stand-in doesn't know all the arguments of ", full);
   Call call;
   bool masks = false;
+  std::vector<const void*> written;
   for (size_t i = 0; i < n; i++) {
     auto& value = (*stack)[base + i];
+    const auto* alias = schema.arguments()[i].alias_info();
+    if (alias && alias->isWrite()) {
+      if (value.isTensor() && value.toTensor().defined()) written.push_back(value.toTensor().storage().data());
+      if (value.isTensorList())
+        for (const Tensor& t : value.toTensorVector()) written.push_back(t.storage().data());
+    }
     if (value.isList() && name.find("index") != std::string::npos)
       for (const IValue& t : value.toListRef())
         masks |= t.isTensor() && t.toTensor().defined() &&
@@ -242,6 +333,7 @@ void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       stack->back() = narrow;
     }
   }
+  if (!VIEWS.count(name) && !VIEWS.count(full)) call.in_order(full, written);
   call.follow();
   const auto results = schema.returns().size();
   for (size_t i = stack->size() - results; i < stack->size(); i++) (*stack)[i] = call.to_device((*stack)[i]);
@@ -259,12 +351,24 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   Device getDevice() const override { return STANDIN; }
   void setDevice(Device) const override {}
   void uncheckedSetDevice(Device) const noexcept override {}
-  c10::Stream getStream(Device) const override { return stream(); }
-  c10::Stream getDefaultStream(Device) const override { return stream(); }
-  c10::Stream exchangeStream(c10::Stream) const override { return stream(); }
+  c10::Stream getStream(Device) const override { return stream(current_stream); }
+  c10::Stream getDefaultStream(Device) const override { return stream(0); }
+  c10::Stream getStreamFromGlobalPool(Device, bool) const override {
+    static std::atomic<c10::StreamId> last{0};
+    return stream(++last);
+  }
+  c10::Stream exchangeStream(c10::Stream to) const override { return stream(std::exchange(current_stream, to.id())); }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
-  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
-  void block(void*, const c10::Stream&) const override {}
+  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
+    if (!*event) *event = new Order::Clock;
+    *static_cast<Order::Clock*>(*event) = order().now(stream.id());
+  }
+  void block(void* event, const c10::Stream& stream) const override {
+    order().wait(stream.id(), *static_cast<Order::Clock*>(event));
+  }
+  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
+    delete static_cast<Order::Clock*>(event);
+  }
   bool queryEvent(void*) const override { return true; }
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override { host_reads++; }
@@ -272,7 +376,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeDevice(const c10::DeviceIndex) const override { host_reads++; }
 
  private:
-  static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, STANDIN); }
+  static c10::Stream stream(c10::StreamId id) { return c10::Stream(c10::Stream::UNSAFE, STANDIN, id); }
 };
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
