@@ -189,6 +189,18 @@ pub fn assert_same(name: &str, found: &Tensor, expected: &Tensor) {
     }
 }
 
+/// What was expected was computed on the CPU: there the same bits, and a few roundings away on another device, which
+/// adds and multiplies in steps of its own.
+#[track_caller]
+pub fn assert_same_on_cpu(name: &str, found: &Tensor, expected: &Tensor) {
+    if device() == Device::Cpu {
+        return assert_same(name, found, expected);
+    }
+    assert_eq!(found.kind(), expected.kind(), "{name}: dtype");
+    let tolerance = if matches!(found.kind(), Kind::Float | Kind::Double) { 1e-5 } else { 1e-2 };
+    assert_close(name, found, expected, tolerance);
+}
+
 /// The norm of the difference relative to the expected norm.
 #[track_caller]
 pub fn relative_error(name: &str, found: &Tensor, expected: &Tensor) -> f64 {
