@@ -97,7 +97,8 @@ fn sgd_is_that_of_torch_bit_by_bit() {
     fused("0.9 0 nesterov", builder().momentum(0.9).nesterov(true));
     fused("0.8 0.3 plain", builder().momentum(0.8).dampening(0.3));
     fused("0 0 plain", builder());
-    let plain = |case, builder| follow(&format!("sgd bfloat16 default {case}"), Kind::BFloat16, builder, assert_same_on_cpu);
+    let plain =
+        |case, builder| follow(&format!("sgd bfloat16 default {case}"), Kind::BFloat16, builder, assert_same_on_cpu);
     plain("0.9 0 nesterov", builder().momentum(0.9).nesterov(true));
     plain("0.8 0.3 plain", builder().momentum(0.8).dampening(0.3));
     let near = |name: &str, found: &Tensor, expected: &Tensor| assert_close(name, found, expected, 1e-6);

@@ -196,14 +196,17 @@ mod tests {
     /// Of each stream, how many pieces of work of either are sure to be done before what it is given next.
     type Clock = [u64; 2];
 
+    /// A stream's piece of work, by number, and whether it wrote.
+    type Piece = (usize, u64, bool);
+
     /// Streams that check: of two pieces of work on one buffer, of which one writes, the later one has to wait for the
     /// other.
     #[derive(Default)]
     struct Checked {
         given_to: Cell<usize>,
         clocks: RefCell<[Clock; 2]>,
-        /// Of each buffer, by address: who worked on it, as which of his pieces, and whether that wrote.
-        done: RefCell<HashMap<usize, Vec<(usize, u64, bool)>>>,
+        /// The work on each buffer, by address.
+        done: RefCell<HashMap<usize, Vec<Piece>>>,
         /// What was given, in order.
         log: RefCell<Vec<String>>,
         /// Whether something did not wait for the other stream's last piece.

@@ -24,6 +24,8 @@ pub(crate) trait DotBf16: Copy + Send + Sync + 'static {
     type S: Simd;
     /// Thirty-two bf16.
     type P: Copy;
+    /// A bf16 for each number of seven bits.
+    type Table: Copy;
 
     fn simd(self) -> Self::S;
     fn load(self, from: &[bf16; 2 * LANES]) -> Self::P;
@@ -42,6 +44,11 @@ pub(crate) trait DotBf16: Copy + Send + Sync + 'static {
     fn look_up_nibbles(self, table: Self::P, bytes: &[u8; 2 * LANES], first: First) -> [Self::P; 2];
     /// `table[(b >> shift) & 15]` for each of 32 bytes.
     fn look_up_field(self, table: Self::P, bytes: &[u8; 2 * LANES], shift: u32) -> Self::P;
+    /// The table for [`look_up_bytes`](Self::look_up_bytes): the nearest bf16 of 128 values.
+    fn table_of_128(self, values: [<Self::S as Simd>::V; 8]) -> Self::Table;
+    /// `±table[b & 127]` for each of 64 bytes, of which the upper bit is the sign: that of byte
+    /// `16 (i / 8) + 8 k + i % 8` in place `i` of answer `k`.
+    fn look_up_bytes(self, table: Self::Table, bytes: &[u8; 4 * LANES]) -> [Self::P; 2];
     /// Pairs `a[i], b[i]`: place `j` of answer `k` holds that of
     /// `i = 8 (j / 4) + 4 k + j % 4`.
     fn interleave(self, a: Self::P, b: Self::P) -> [Self::P; 2];
@@ -78,7 +85,7 @@ pub(crate) fn multiplies_bf16_faster() -> bool {
 pub(crate) fn dispatch_bf16<K: Bf16Kernel>(_kernel: K) {
     #[cfg(target_arch = "x86_64")]
     if let Some(d) = Avx512Bf16::detect() {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,f16c,fma")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,f16c,fma")]
         fn run<K: Bf16Kernel>(d: Avx512Bf16, kernel: K) {
             kernel.run(d);
         }
@@ -87,7 +94,7 @@ pub(crate) fn dispatch_bf16<K: Bf16Kernel>(_kernel: K) {
     }
 }
 
-/// AVX-512 with BF16: Intel's since Cooper Lake, AMD's since Zen 4.
+/// AVX-512 with BF16 and VBMI: Intel's since Sapphire Rapids, AMD's since Zen 4.
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy)]
 struct Avx512Bf16(Avx512);
@@ -95,8 +102,28 @@ struct Avx512Bf16(Avx512);
 #[cfg(target_arch = "x86_64")]
 impl Avx512Bf16 {
     fn detect() -> Option<Self> {
-        Avx512::detect().filter(|_| is_x86_feature_detected!("avx512bf16")).map(Avx512Bf16)
+        let there = is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vbmi");
+        Avx512::detect().filter(|_| there).map(Avx512Bf16)
     }
+}
+
+/// The lower bytes of 128 bf16, and the upper ones.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+struct Halves {
+    low: [__m512i; 2],
+    high: [__m512i; 2],
+}
+
+/// 64 places of bytes, two apart.
+#[cfg(target_arch = "x86_64")]
+const fn every_other(first: u8) -> [u8; 64] {
+    let (mut places, mut i) = ([0; 64], 0);
+    while i < 64 {
+        places[i] = 2 * i as u8 + first;
+        i += 1;
+    }
+    places
 }
 
 /// The same bits as products read them.
@@ -114,6 +141,7 @@ fn bh(bits: __m512i) -> __m512bh {
 impl DotBf16 for Avx512Bf16 {
     type S = Avx512;
     type P = __m512i;
+    type Table = Halves;
 
     #[inline(always)]
     fn simd(self) -> Avx512 {
@@ -178,6 +206,36 @@ impl DotBf16 for Avx512Bf16 {
             let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes.as_ptr().cast()));
             let codes = _mm512_srlv_epi16(words, _mm512_set1_epi16((shift & 15) as i16));
             _mm512_permutexvar_epi16(codes, table)
+        }
+    }
+
+    #[inline(always)]
+    fn table_of_128(self, [a, b, c, d, e, f, g, h]: [__m512; 8]) -> Halves {
+        const LOW: [u8; 64] = every_other(0);
+        const HIGH: [u8; 64] = every_other(1);
+        let [p, q, r, t] = [self.pack([a, b]), self.pack([c, d]), self.pack([e, f]), self.pack([g, h])];
+        // SAFETY: see above.
+        unsafe {
+            let (low, high) = (_mm512_loadu_si512(LOW.as_ptr().cast()), _mm512_loadu_si512(HIGH.as_ptr().cast()));
+            Halves {
+                low: [_mm512_permutex2var_epi8(p, low, q), _mm512_permutex2var_epi8(r, low, t)],
+                high: [_mm512_permutex2var_epi8(p, high, q), _mm512_permutex2var_epi8(r, high, t)],
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn look_up_bytes(self, table: Halves, bytes: &[u8; 4 * LANES]) -> [__m512i; 2] {
+        let Halves { low, high } = table;
+        // SAFETY: see above.
+        unsafe {
+            // A look-up ignores the sign.
+            let codes = _mm512_loadu_si512(bytes.as_ptr().cast());
+            let low = _mm512_permutex2var_epi8(low[0], codes, low[1]);
+            let high = _mm512_permutex2var_epi8(high[0], codes, high[1]);
+            const FIRST_OR_BOTH_OTHERS: i32 = 0xf8;
+            let high = _mm512_ternarylogic_epi32::<FIRST_OR_BOTH_OTHERS>(high, codes, _mm512_set1_epi8(i8::MIN));
+            [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
         }
     }
 

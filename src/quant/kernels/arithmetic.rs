@@ -103,6 +103,8 @@ pub(super) trait Arithmetic<F: Format>: Copy {
     fn values(self, format: &F, block: &Self::Block, i: usize) -> [Self::V; 2];
     fn factor(self, format: &F, row: usize) -> f32;
 
+    /// Whether what blocks share is too much for the registers if these are many.
+    const LARGE_BLOCKS: bool;
     /// Block `b` of the rows that are multiplied at once, from `row` of `out` on.
     type Blocks: Copy;
     fn blocks(self, format: &F, row: [usize; 2], blocks: usize, b: usize) -> Self::Blocks;
@@ -201,6 +203,7 @@ impl<F: Format, S: Simd> Arithmetic<F> for InF32<S> {
         format.factor(row)
     }
 
+    const LARGE_BLOCKS: bool = false;
     type Blocks = F::Block<S>;
 
     #[inline(always)]
@@ -283,7 +286,7 @@ impl<F: InBf16, D: DotBf16> Arithmetic<F> for Bf16<D> {
 
     #[inline(always)]
     fn block(self, format: &F, index: usize) -> F::BlockOf<D> {
-        format.block_in_bf16(self.0, index)
+        format.block_over_factor(self.0, index)
     }
 
     #[inline(always)]
@@ -292,10 +295,11 @@ impl<F: InBf16, D: DotBf16> Arithmetic<F> for Bf16<D> {
     }
 
     #[inline(always)]
-    fn factor(self, _: &F, _: usize) -> f32 {
-        1.0
+    fn factor(self, format: &F, row: usize) -> f32 {
+        format.factor_in_bf16(row)
     }
 
+    const LARGE_BLOCKS: bool = F::LARGE_BLOCKS;
     type Blocks = [F::BlockOf<D>; 2];
 
     #[inline(always)]

@@ -161,7 +161,7 @@ impl Byte for E5m2 {
 #[derive(Debug)]
 pub(crate) struct Bytes<'a, B> {
     bytes: &'a [u8],
-    scales: Floats<'a>,
+    pub(super) scales: Floats<'a>,
     pub(super) dtype: Dtype,
     row: usize,
     read: PhantomData<fn() -> B>,

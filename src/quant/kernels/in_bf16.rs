@@ -2,17 +2,16 @@
 //! multiply these: exact for a weight of that dtype.
 
 use super::codebook::{Nibbles, Scales};
-use super::formats::{Byte, Scaled};
 use super::groups::Fields;
 use super::nibbles::PowersRow;
-use super::{Absmax, Bytes, Codes, Dtype, Float, Format, Groups, I8, Powers, Zeros};
+use super::{Codes, Dtype, Float, Format, Groups, Powers, Zeros};
 use crate::ffi::simd::{DotBf16, First, LANES, Simd};
 
 /// Elements that [`InBf16::quad`] answers.
 pub(super) const QUAD: usize = 4 * LANES;
 
 /// Sixteen f32 beside an instruction set's bf16.
-type V<D> = <<D as DotBf16>::S as Simd>::V;
+pub(super) type V<D> = <<D as DotBf16>::S as Simd>::V;
 
 /// A [`Format`] whose values can be read as bf16.
 pub(crate) trait InBf16: Format {
@@ -22,14 +21,36 @@ pub(crate) trait InBf16: Format {
     /// Rows up to which making bf16 of the values takes longer than f32 products save.
     const TOO_FEW: usize = 0;
 
+    /// Whether a few blocks of these fill the registers.
+    const LARGE_BLOCKS: bool = false;
+
     /// The dtype of the weight: what is answered are its values if it is bf16.
     fn dtype(&self) -> Dtype;
 
     /// Prepares block `index`.
     fn block_in_bf16<D: DotBf16>(&self, d: D, index: usize) -> Self::BlockOf<D>;
 
+    /// Prepares block `index`, over the [`factor_in_bf16`](Self::factor_in_bf16) of its row, for x · Wᵀ.
+    #[inline(always)]
+    fn block_over_factor<D: DotBf16>(&self, d: D, index: usize) -> Self::BlockOf<D> {
+        self.block_in_bf16(d, index)
+    }
+
+    /// What the sum over a row is multiplied by then.
+    #[inline(always)]
+    fn factor_in_bf16(&self, _row: usize) -> f32 {
+        1.0
+    }
+
     /// The elements `64 i .. 64 i + 64` of a block, which must be there, in the order of [`place`](Self::place).
     fn quad<D: DotBf16>(&self, d: D, block: &Self::BlockOf<D>, i: usize) -> [D::P; 2];
+
+    /// The same from flat element `at` on, of a block of which nothing else is read soon.
+    #[inline(always)]
+    fn quad_alone<D: DotBf16>(&self, d: D, at: usize) -> [D::P; 2] {
+        let block = self.block_in_bf16(d, at / self.block_len());
+        self.quad(d, &block, at % self.block_len() / QUAD)
+    }
 
     /// Which of the 64 elements lane `i` of answer `k` holds.
     #[inline(always)]
@@ -101,6 +122,7 @@ impl<'a, W: Float> InBf16 for Zeros<'a, W> {
 
 impl<'a, W: Float> InBf16 for Groups<'a, W> {
     type BlockOf<D: DotBf16> = Fields<'a, D::P>;
+    const LARGE_BLOCKS: bool = true;
 
     fn dtype(&self) -> Dtype {
         W::DTYPE
@@ -118,65 +140,6 @@ impl<'a, W: Float> InBf16 for Groups<'a, W> {
         let bytes = block.bytes.as_flattened().as_chunks().0;
         let (a, b) = (&bytes[2 * i], &bytes[2 * i + 1]);
         [d.look_up_field(block.table, a, block.shift), d.look_up_field(block.table, b, block.shift)]
-    }
-}
-
-/// Sixty-four numbers of one byte each, over [`Byte::OVER`], by a factor.
-#[inline(always)]
-fn scaled<B: Byte, D: DotBf16>(d: D, bytes: &[u8; QUAD], scale: impl Fn(V<D>) -> V<D>) -> [D::P; 2] {
-    let (s, bytes) = (d.simd(), bytes.as_chunks().0.as_chunks().0);
-    let ([p, q], [r, t]) = (B::widen_over(s, &bytes[0]), B::widen_over(s, &bytes[1]));
-    [d.pack([scale(p), scale(q)]), d.pack([scale(r), scale(t)])]
-}
-
-impl<'a, B: Byte> InBf16 for Bytes<'a, B> {
-    type BlockOf<D: DotBf16> = Scaled<'a, V<D>>;
-    const TOO_FEW: usize = 4;
-
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    #[inline(always)]
-    fn block_in_bf16<D: DotBf16>(&self, d: D, index: usize) -> Scaled<'a, V<D>> {
-        let (s, Scaled { scale, bytes }) = (d.simd(), self.block(d.simd(), index));
-        Scaled { scale: s.mul(scale, s.splat(B::OVER)), bytes }
-    }
-
-    #[inline(always)]
-    fn quad<D: DotBf16>(&self, d: D, block: &Scaled<'a, V<D>>, i: usize) -> [D::P; 2] {
-        let bytes = &block.bytes.as_flattened().as_chunks().0[i];
-        scaled::<B, D>(
-            d,
-            bytes,
-            #[inline(always)]
-            |v| d.simd().mul(v, block.scale),
-        )
-    }
-}
-
-impl<'a> InBf16 for Absmax<'a> {
-    type BlockOf<D: DotBf16> = Scaled<'a, V<D>>;
-    const TOO_FEW: usize = 4;
-
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    #[inline(always)]
-    fn block_in_bf16<D: DotBf16>(&self, d: D, index: usize) -> Scaled<'a, V<D>> {
-        self.block(d.simd(), index)
-    }
-
-    #[inline(always)]
-    fn quad<D: DotBf16>(&self, d: D, block: &Scaled<'a, V<D>>, i: usize) -> [D::P; 2] {
-        let (s, bytes) = (d.simd(), &block.bytes.as_flattened().as_chunks().0[i]);
-        scaled::<I8, D>(
-            d,
-            bytes,
-            #[inline(always)]
-            |v| s.mul(s.mul(v, block.scale), s.splat(self.step)),
-        )
     }
 }
 

@@ -277,16 +277,14 @@ impl<F: InBf16> Transposed<'_, F> {
     /// Two rows of W, from `row` on, side by side into row `pair` of the tiles.
     #[inline(always)]
     fn unpack<D: DotBf16>(&self, d: D, row: usize, quad: usize, pair: usize, w: &mut Strips) {
-        let ([out, inn], block) = (self.shape, self.format.block_len());
+        let [out, inn] = self.shape;
         let (tile, p) = (pair / TILE, pair % TILE);
         // A last row alone stands for two: the second is multiplied by a zero of g.
         let at = [row, (row + 1).min(out - 1)].map(
             #[inline(always)]
             |row| row * inn + self.first + quad * QUAD,
         );
-        let parts = [self.format.block_in_bf16(d, at[0] / block), self.format.block_in_bf16(d, at[1] / block)];
-        let a = self.format.quad(d, &parts[0], at[0] % block / QUAD);
-        let b = self.format.quad(d, &parts[1], at[1] % block / QUAD);
+        let (a, b) = (self.format.quad_alone(d, at[0]), self.format.quad_alone(d, at[1]));
         for k in 0..2 {
             let both = d.interleave(a[k], b[k]);
             d.store(both[0], &mut w[k][0][tile].0[p]);

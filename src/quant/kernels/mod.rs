@@ -14,6 +14,7 @@
 //! of its row. Scales of whole rows are multiplied with the sums, in f32.
 
 mod arithmetic;
+mod bytes_in_bf16;
 mod codebook;
 mod few;
 mod float;

@@ -68,18 +68,28 @@ pub(super) struct Transposed<'a, F: Format, E: Element<F>, const N: usize> {
 
 impl<F: Format, E: Element<F>, const N: usize> Multiplies<F, E> for Transposed<'_, F, E, N> {
     #[inline(always)]
-    fn run<A: Arithmetic<F, Element = E>>(mut self, a: A) {
-        let (groups, rest) = self.g.as_chunks::<4>();
-        for (i, g) in groups.iter().enumerate() {
-            self.accumulate::<A, 4>(a, i * 4 * E::ROWS, g);
-        }
-        for (i, g) in rest.iter().enumerate() {
-            self.accumulate::<A, 1>(a, (groups.len() * 4 + i) * E::ROWS, std::array::from_ref(g));
+    fn run<A: Arithmetic<F, Element = E>>(self, a: A) {
+        if N <= 2 && A::LARGE_BLOCKS {
+            self.groups::<A, 2>(a);
+        } else {
+            self.groups::<A, 4>(a);
         }
     }
 }
 
 impl<F: Format, E: Element<F>, const N: usize> Transposed<'_, F, E, N> {
+    /// Adds `g · W`, `M` groups of rows of W at a time.
+    #[inline(always)]
+    fn groups<A: Arithmetic<F, Element = E>, const M: usize>(mut self, a: A) {
+        let (groups, rest) = self.g.as_chunks::<M>();
+        for (i, g) in groups.iter().enumerate() {
+            self.accumulate::<A, M>(a, i * M * E::ROWS, g);
+        }
+        for (i, g) in rest.iter().enumerate() {
+            self.accumulate::<A, 1>(a, (groups.len() * M + i) * E::ROWS, std::array::from_ref(g));
+        }
+    }
+
     /// Adds `g · W` of `M` groups of rows of W, from `row` on.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
