@@ -37,7 +37,9 @@ impl Bundle {
             for program in programs {
                 let name = name_of(program);
                 if !AT_HOME.contains(&name.as_str()) {
-                    fs::copy(program, bin.join(name)).map_err(failed)?;
+                    let copied = bin.join(name);
+                    fs::copy(program, &copied).map_err(failed)?;
+                    strip(&copied);
                 }
             }
         }
@@ -82,6 +84,13 @@ fn succeed(command: &mut Command, purpose: &str) -> Result<()> {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => Err(format!("cannot {purpose}: {:?} failed ({status})", command.get_program()).into()),
         Err(error) => Err(format!("cannot {purpose}: {:?}: {error}", command.get_program()).into()),
+    }
+}
+
+/// Takes the debugger's information out of a program, three quarters of its bytes, where binutils are installed.
+fn strip(program: &Path) {
+    if !Command::new("strip").arg("-S").arg(program).status().is_ok_and(|status| status.success()) {
+        eprintln!("{} keeps its debug information: `strip` could not be run.", program.display());
     }
 }
 
