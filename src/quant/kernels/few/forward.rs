@@ -1,9 +1,9 @@
 //! y = x · Wᵀ of few rows.
 
-use super::STRIP;
+use super::{SHARE, STRIP};
 use crate::error::Result;
-use crate::ffi::compute::for_each_chunk;
-use crate::ffi::simd::{Packing, Simd};
+use crate::ffi::compute::{Columns, for_each_chunk, for_each_columns};
+use crate::ffi::simd::{Kernel, LANES, Packing, Simd, dispatch};
 use crate::quant::kernels::arithmetic::{Arithmetic, Element, Lanes, Multiplies, Unit};
 use crate::quant::kernels::{Float, Format};
 
@@ -11,7 +11,13 @@ use crate::quant::kernels::{Float, Format};
 const PART: usize = 32;
 
 /// y = x · Wᵀ for `N` rows.
-pub(in crate::quant::kernels) fn product<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
+pub(in crate::quant::kernels) fn product<
+    F: Format,
+    E: Element<F>,
+    X: Copy + Sync + Into<E>,
+    T: Float,
+    const N: usize,
+>(
     format: &F,
     shape: [usize; 2],
     x: &[X],
@@ -21,7 +27,7 @@ pub(in crate::quant::kernels) fn product<F: Format, E: Element<F>, X: Copy + Int
 }
 
 /// The same by whatever runs its parts.
-pub(super) fn product_by<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
+pub(super) fn product_by<F: Format, E: Element<F>, X: Copy + Sync + Into<E>, T: Float, const N: usize>(
     format: &F,
     [out, inn]: [usize; 2],
     x: &[X],
@@ -30,17 +36,19 @@ pub(super) fn product_by<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, 
 ) -> Result<()> {
     // The rows side by side, unit by unit.
     let mut units = vec![[Unit::<E>::default(); N]; inn / E::UNIT];
-    for (n, x) in x.chunks_exact(inn).enumerate() {
-        for (to, from) in units.iter_mut().zip(x.chunks_exact(E::UNIT)) {
-            to[n].fill::<F, X>(from);
+    let share = (SHARE / (N * E::UNIT)).max(1);
+    for_each_chunk(&mut units, share, |i, units| {
+        for (j, unit) in units.iter_mut().enumerate() {
+            let first = (i * share + j) * E::UNIT;
+            unit.iter_mut().zip(x.chunks_exact(inn)).for_each(|(to, x)| to.fill::<F, X>(&x[first..first + E::UNIT]));
         }
-    }
-    let mut columns = vec![[0f32; N]; out];
-    for_each_chunk(&mut columns, PART, |i, columns| run(Product { format, row: i * PART, x: &units, columns }))?;
-    for (n, y) in y.chunks_exact_mut(out).enumerate() {
-        y.iter_mut().zip(&columns).for_each(|(to, from)| *to = T::from_f32(from[n]));
-    }
-    Ok(())
+    })?;
+    for_each_columns(y, out, PART, |i, y| {
+        let mut columns = [[0f32; N]; PART];
+        let columns = &mut columns[..y.len()];
+        run(Product { format, row: i * PART, x: &units, columns });
+        dispatch(Rounded { columns, y });
+    })
 }
 
 pub(super) struct Product<'a, F: Format, E: Element<F>, const N: usize> {
@@ -49,6 +57,30 @@ pub(super) struct Product<'a, F: Format, E: Element<F>, const N: usize> {
     row: usize,
     pub(super) x: &'a [[Unit<E>; N]],
     columns: &'a mut [[f32; N]],
+}
+
+/// Writes the columns of sums as rows.
+struct Rounded<'a, T, const N: usize> {
+    columns: &'a [[f32; N]],
+    y: Columns<'a, T>,
+}
+
+impl<T: Float, const N: usize> Kernel for Rounded<'_, T, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        for n in 0..N {
+            let (to, to_rest) = self.y.row(n).as_chunks_mut();
+            let (from, from_rest) = self.columns.as_chunks::<LANES>();
+            for (to, from) in to.iter_mut().zip(from) {
+                let mut sums = [0.0; LANES];
+                sums.iter_mut().zip(from).for_each(|(sum, column)| *sum = column[n]);
+                T::store(s, s.load(&sums), to);
+            }
+            to_rest.iter_mut().zip(from_rest).for_each(|(to, column)| *to = T::from_f32(column[n]));
+        }
+    }
 }
 
 impl<F: Format, E: Element<F>, const N: usize> Multiplies<F, E> for Product<'_, F, E, N> {

@@ -12,6 +12,9 @@ mod transposed;
 pub(super) use forward::product;
 pub(super) use transposed::product_transposed;
 
+/// Elements that are worth a thread of their own to be laid side by side.
+const SHARE: usize = 8 << 10;
+
 /// Bytes of x or of dX, all rows together, that stay in the first-level cache.
 const STRIP: usize = 24 << 10;
 

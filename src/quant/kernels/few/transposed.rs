@@ -1,8 +1,8 @@
 //! dX = g · W of few rows.
 
-use super::STRIP;
+use super::{SHARE, STRIP};
 use crate::error::Result;
-use crate::ffi::compute::{for_each_chunk, threads};
+use crate::ffi::compute::{for_each_chunk, for_each_columns, threads};
 use crate::ffi::simd::Simd;
 use crate::quant::kernels::arithmetic::{Arithmetic, Element, Multiplies};
 use crate::quant::kernels::{Float, Format};
@@ -11,7 +11,7 @@ use crate::quant::kernels::{Float, Format};
 pub(in crate::quant::kernels) fn product_transposed<
     F: Format,
     E: Element<F>,
-    X: Copy + Into<E>,
+    X: Copy + Sync + Into<E>,
     T: Float,
     const N: usize,
 >(
@@ -24,7 +24,7 @@ pub(in crate::quant::kernels) fn product_transposed<
 }
 
 /// The same by whatever runs its parts.
-pub(super) fn product_transposed_by<F: Format, E: Element<F>, X: Copy + Into<E>, T: Float, const N: usize>(
+pub(super) fn product_transposed_by<F: Format, E: Element<F>, X: Copy + Sync + Into<E>, T: Float, const N: usize>(
     format: &F,
     [out, inn]: [usize; 2],
     g: &[X],
@@ -33,28 +33,31 @@ pub(super) fn product_transposed_by<F: Format, E: Element<F>, X: Copy + Into<E>,
 ) -> Result<()> {
     // As many rows of W as are multiplied at once; the last ones that are not there are multiplied by zero.
     let mut groups = vec![[E::Group::default(); N]; out.div_ceil(E::ROWS)];
-    for (n, g) in g.chunks_exact(out).enumerate() {
-        for (row, g) in g.iter().enumerate() {
-            groups[row / E::ROWS][n].as_mut()[row % E::ROWS] = E::scaled((*g).into(), format, row);
+    let share = (SHARE / (N * E::ROWS)).max(1);
+    for_each_chunk(&mut groups, share, |i, groups| {
+        let first = i * share * E::ROWS;
+        for (n, g) in g.chunks_exact(out).enumerate() {
+            for (j, g) in g[first..].iter().take(groups.len() * E::ROWS).enumerate() {
+                groups[j / E::ROWS][n].as_mut()[j % E::ROWS] = E::scaled((*g).into(), format, first + j);
+            }
         }
-    }
+    })?;
     // As many strips as share evenly among the threads; each column is summed
     // by one thread from top to bottom, so that their number changes nothing.
     let (units, threads) = (inn / E::UNIT, threads());
     let most = (STRIP / size_of::<[E::Sums; N]>()).max(1);
     let strip = units.div_ceil(threads * units.div_ceil(threads * most).max(1));
-    let mut columns = vec![[E::Sums::default(); N]; units];
-    for_each_chunk(&mut columns, strip, |i, columns| {
-        run(Transposed { format, shape: [out, inn], first: i * strip, g: &groups, columns });
-    })?;
-    for (n, dx) in dx.chunks_exact_mut(inn).enumerate() {
-        for (to, from) in dx.chunks_exact_mut(E::UNIT).zip(&columns) {
-            for (part, sums) in from[n].as_ref().iter().enumerate() {
-                sums.0.iter().enumerate().for_each(|(i, sum)| to[E::place_of_sum(part, i)] = T::from_f32(*sum));
+    for_each_columns(dx, inn, strip * E::UNIT, |i, mut dx| {
+        let mut columns = vec![[E::Sums::default(); N]; dx.len() / E::UNIT];
+        run(Transposed { format, shape: [out, inn], first: i * strip, g: &groups, columns: &mut columns });
+        for n in 0..N {
+            for (to, from) in dx.row(n).chunks_exact_mut(E::UNIT).zip(&columns) {
+                for (part, sums) in from[n].as_ref().iter().enumerate() {
+                    sums.0.iter().enumerate().for_each(|(i, sum)| to[E::place_of_sum(part, i)] = T::from_f32(*sum));
+                }
             }
         }
-    }
-    Ok(())
+    })
 }
 
 pub(super) struct Transposed<'a, F: Format, E: Element<F>, const N: usize> {
