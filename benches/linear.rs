@@ -23,7 +23,8 @@ use median::median;
 use peer::{Failure, Peer};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor, nn};
-use tch_peft::{Base, Fp8Format, LoraConfig, LoraModel, QuantConfig};
+use tch_peft::Float32MatmulPrecision::{self, Highest, Medium};
+use tch_peft::{Base, Fp8Format, LoraConfig, LoraModel, QuantConfig, set_float32_matmul_precision};
 
 const RANK: i64 = 16;
 /// Seconds that are too many for seven rounds.
@@ -46,18 +47,25 @@ const PACKED: [&str; 2] = ["bnb nf4 packed", "bnb int8 packed"];
 struct Ours {
     name: &'static str,
     model: LoraModel<nn::Linear>,
+    /// Medium lets products of f32 round to bf16.
+    precision: Float32MatmulPrecision,
 }
 
 impl Ours {
     fn make(out: i64, inn: i64, kind: Kind) -> Result<Vec<Self>, Failure> {
-        let schemes = [
-            ("nf4", QuantConfig::nf4().build()?),
-            ("int8", QuantConfig::int8().build()?),
-            ("int4", QuantConfig::int4().build()?),
-            ("fp8", QuantConfig::fp8(Fp8Format::E4m3).build()?),
-        ];
+        let [nf4, int8] = [QuantConfig::nf4().build()?, QuantConfig::int8().build()?];
+        let [int4, fp8] = [QuantConfig::int4().build()?, QuantConfig::fp8(Fp8Format::E4m3).build()?];
+        let mut schemes =
+            vec![("nf4", &nf4, Highest), ("int8", &int8, Highest), ("int4", &int4, Highest), ("fp8", &fp8, Highest)];
+        if kind == Kind::Float {
+            schemes.extend([
+                ("nf4 (medium)", &nf4, Medium),
+                ("int4 (medium)", &int4, Medium),
+                ("fp8 (medium)", &fp8, Medium),
+            ]);
+        }
         let mut all = Vec::new();
-        for (name, config) in schemes {
+        for (name, config, precision) in schemes {
             let mut vs = nn::VarStore::new(Device::Cpu);
             let linear = nn::LinearConfig { bias: false, ..Default::default() };
             let layer = nn::linear(vs.root() / "layer", inn, out, linear);
@@ -65,14 +73,15 @@ impl Ours {
                 Kind::BFloat16 => vs.bfloat16(),
                 _ => vs.float(),
             }
-            let base = Base::new(vs, layer).quantize(&config)?;
+            let base = Base::new(vs, layer).quantize(config)?;
             let lora = LoraConfig::builder().r(RANK).lora_alpha(2.0 * RANK as f64).target_modules(["layer"]).build()?;
-            all.push(Ours { name, model: LoraModel::wrap(base, lora)? });
+            all.push(Ours { name, model: LoraModel::wrap(base, lora)?, precision });
         }
         Ok(all)
     }
 
     fn time(&self, x: &Tensor, g: &Tensor, step: bool, repeat: u32) -> Result<f64, Failure> {
+        let before = set_float32_matmul_precision(self.precision)?;
         let start = Instant::now();
         for _ in 0..repeat {
             if step {
@@ -83,6 +92,7 @@ impl Ours {
             }
         }
         let seconds = start.elapsed().as_secs_f64() / f64::from(repeat);
+        set_float32_matmul_precision(before)?;
         let mut x = x.shallow_clone();
         x.zero_grad();
         Ok(seconds)

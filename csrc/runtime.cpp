@@ -81,6 +81,25 @@ bool tp_set_deterministic(bool on) {
   return before;
 }
 
+// Highest, high and medium are 0, 1 and 2; answers what it was before.
+char* tp_set_float32_matmul_precision(int to, int* before) {
+  return guarded([&] {
+    auto& context = at::globalContext();
+    *before = static_cast<int>(context.float32MatmulPrecision());
+    context.setFloat32MatmulPrecision(to == 0 ? "highest" : to == 1 ? "high" : "medium");
+  });
+}
+
+char* tp_float32_matmul_precision(int* now) {
+  return guarded([&] { *now = static_cast<int>(at::globalContext().float32MatmulPrecision()); });
+}
+
+// Whether the CPU's products of f32 may round to bf16.
+bool tp_rounds_f32_products() {
+  return at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
+         at::Float32Precision::BF16;
+}
+
 char* tp_peak_memory(int device, int64_t* bytes) {
   return guarded([&] {
     auto stats = at::getDeviceAllocator(c10::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(device));

@@ -139,6 +139,9 @@ char* tp_addmm(tp_tensor out, tp_tensor a, tp_tensor b, double beta, double alph
 
 const char* tp_cuda_status();
 bool tp_set_deterministic(bool on);
+char* tp_set_float32_matmul_precision(int to, int* before);
+char* tp_float32_matmul_precision(int* now);
+bool tp_rounds_f32_products();
 char* tp_peak_memory(int device, int64_t* bytes);
 char* tp_reset_peak_memory(int device);
 const char* tp_libtorch_folder();

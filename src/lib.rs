@@ -78,7 +78,10 @@ pub use checkpoint::{
     Best, Checkpointable, Parts, ResumePolicy, Run, RunBuilder, SkippedCheckpoint, Start, StepReport,
 };
 pub use error::{Error, Result};
-pub use ffi::runtime::{cuda_status, peak_memory, reset_peak_memory, set_deterministic};
+pub use ffi::runtime::{
+    Float32MatmulPrecision, cuda_status, peak_memory, reset_peak_memory, set_deterministic,
+    set_float32_matmul_precision,
+};
 pub use format::{AdapterFile, AdapterFormat, DetectedFormat, KeyMapping, KeyMappingBuilder, LoadReport};
 pub use lora::{
     AdapterConfig, Bias, Combination, CordaConfig, CordaMethod, EvaConfig, InitLoraWeights, LayerPattern,

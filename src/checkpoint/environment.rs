@@ -1,6 +1,7 @@
 //! Where and with what a checkpoint was made.
 
 use crate::error::Result;
+use crate::ffi::runtime::{Float32MatmulPrecision, float32_matmul_precision};
 use crate::train::compare::differences;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -27,6 +28,9 @@ pub(super) struct Environment {
     interop_threads: i32,
     devices: Vec<String>,
     cudnn: Option<i64>,
+    /// Not recorded from the beginning.
+    #[serde(default = "highest")]
+    float32_matmul_precision: String,
     variables: BTreeMap<String, String>,
     /// The run's settings, for people: resume reads them from elsewhere.
     configuration: Value,
@@ -48,6 +52,7 @@ impl Environment {
             interop_threads: tch::get_num_interop_threads(),
             devices: devices.collect::<Result<_>>()?,
             cudnn: tch::Cuda::cudnn_is_available().then(tch::utils::version_cudnn),
+            float32_matmul_precision: float32_matmul_precision()?.name().into(),
             variables: VARIABLES.iter().filter_map(set).collect(),
             configuration,
         })
@@ -63,6 +68,10 @@ impl Environment {
         };
         differences(&machine(self), &machine(now))
     }
+}
+
+fn highest() -> String {
+    Float32MatmulPrecision::Highest.name().into()
 }
 
 /// The processor's name, where the system tells it in a file.
@@ -84,6 +93,10 @@ mod tests {
         assert!(recorded.differences(&now).is_empty());
         now.threads = recorded.threads + 1;
         let line = format!("threads: recorded {}, given {}", recorded.threads, now.threads);
+        assert_eq!(recorded.differences(&now), [line]);
+        now.threads = recorded.threads;
+        now.float32_matmul_precision = "medium".into();
+        let line = r#"float32_matmul_precision: recorded "highest", given "medium""#;
         assert_eq!(recorded.differences(&now), [line]);
     }
 }

@@ -18,6 +18,9 @@ unsafe extern "C" {
     fn tp_trim_heap();
     fn tp_cuda_status() -> *const c_char;
     fn tp_set_deterministic(on: bool) -> bool;
+    fn tp_set_float32_matmul_precision(to: i32, before: *mut i32) -> *mut c_char;
+    fn tp_float32_matmul_precision(now: *mut i32) -> *mut c_char;
+    fn tp_rounds_f32_products() -> bool;
     fn tp_peak_memory(device: i32, bytes: *mut i64) -> *mut c_char;
     fn tp_reset_peak_memory(device: i32) -> *mut c_char;
 }
@@ -198,6 +201,77 @@ fn cuda_index(device: Device) -> Result<i32> {
 pub fn set_deterministic(on: bool) -> bool {
     // SAFETY: sets plain values of libtorch's.
     unsafe { tp_set_deterministic(on) }
+}
+
+/// How exact products of f32 are: `torch.get_float32_matmul_precision`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float32MatmulPrecision {
+    /// In f32.
+    Highest,
+    /// On CUDA in TF32, of ten bits.
+    High,
+    /// What is multiplied may be rounded to bf16, of eight bits; sums stay in f32. On CUDA in TF32.
+    Medium,
+}
+
+impl Float32MatmulPrecision {
+    fn of(number: i32) -> Self {
+        match number {
+            0 => Self::Highest,
+            1 => Self::High,
+            _ => Self::Medium,
+        }
+    }
+
+    /// libtorch's name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Highest => "highest",
+            Self::High => "high",
+            Self::Medium => "medium",
+        }
+    }
+}
+
+/// Says how exact products of f32 have to be, in the whole program: `torch.set_float32_matmul_precision`. Answers what
+/// was said before; at first that is [`Highest`](Float32MatmulPrecision::Highest).
+///
+/// It is libtorch's setting, for its own products too. With [`Medium`](Float32MatmulPrecision::Medium), products of
+/// f32 with packed weights round both sides to bf16 where the processor multiplies these faster and rows are few, which
+/// bitsandbytes' packed kernel on the CPU always does. Each of their terms is then within `2⁻⁸ · |x · w|`.
+///
+/// # Errors
+/// [`Error::Torch`] where libtorch's newer settings, one for each library, contradict each other.
+///
+/// ```standalone_crate
+/// use tch_peft::{Float32MatmulPrecision, set_float32_matmul_precision};
+///
+/// # fn main() -> tch_peft::Result<()> {
+/// let before = set_float32_matmul_precision(Float32MatmulPrecision::Medium)?;
+/// assert_eq!(before, Float32MatmulPrecision::Highest);
+/// assert_eq!(set_float32_matmul_precision(before)?, Float32MatmulPrecision::Medium);
+/// # Ok(())
+/// # }
+/// ```
+pub fn set_float32_matmul_precision(precision: Float32MatmulPrecision) -> Result<Float32MatmulPrecision> {
+    let mut before = 0;
+    // SAFETY: a cell of ours.
+    check(unsafe { tp_set_float32_matmul_precision(precision as i32, &mut before) })?;
+    Ok(Float32MatmulPrecision::of(before))
+}
+
+/// How exact they have to be now.
+pub(crate) fn float32_matmul_precision() -> Result<Float32MatmulPrecision> {
+    let mut now = 0;
+    // SAFETY: a cell of ours.
+    check(unsafe { tp_float32_matmul_precision(&mut now) })?;
+    Ok(Float32MatmulPrecision::of(now))
+}
+
+/// Whether the CPU's products of f32 may round to bf16.
+pub(crate) fn rounds_f32_products() -> bool {
+    // SAFETY: reads plain values of libtorch's.
+    unsafe { tp_rounds_f32_products() }
 }
 
 #[cfg(test)]

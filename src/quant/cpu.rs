@@ -8,6 +8,7 @@ use super::op::Op;
 use super::{Fp8Format, PackedWeight, Scheme};
 use crate::error::Result;
 use crate::ffi::bytes::{read, write};
+use crate::ffi::runtime::rounds_f32_products;
 use half::{bf16, f16};
 use tch::{Kind, Tensor};
 
@@ -177,6 +178,7 @@ fn serve<F: InBf16>(format: &F, shape: [usize; 2], op: Op) -> Result<bool> {
 }
 
 fn serve_as<F: InBf16, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Result<bool> {
+    let may_round = rounds_f32_products();
     match op {
         Op::Unpack { row, columns, out } => {
             let tile = Tile { inn: shape[1], row: row as usize, columns: columns.start as usize..columns.end as usize };
@@ -188,15 +190,17 @@ fn serve_as<F: InBf16, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Resul
             })???;
         }
         Op::Product { x: rows, .. } | Op::ProductTransposed { g: rows, .. }
-            if !kernels::fits::<F, T>(format, shape[1], rows.size2()?.0 as usize) =>
+            if !kernels::fits::<F, T>(format, shape[1], rows.size2()?.0 as usize, may_round) =>
         {
             return Ok(false);
         }
         Op::Product { x, y } => {
-            read::<T, _>(x, |x| write::<T, _>(y, |y| kernels::product(format, shape, x, y)))???;
+            read::<T, _>(x, |x| write::<T, _>(y, |y| kernels::product(format, shape, x, y, may_round)))???;
         }
         Op::ProductTransposed { g, dx } => {
-            read::<T, _>(g, |g| write::<T, _>(dx, |dx| kernels::product_transposed(format, shape, g, dx)))???;
+            read::<T, _>(g, |g| {
+                write::<T, _>(dx, |dx| kernels::product_transposed(format, shape, g, dx, may_round))
+            })???;
         }
     }
     Ok(true)

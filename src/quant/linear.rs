@@ -10,7 +10,7 @@ use super::tilewise::{Cut, for_each_tile, narrow};
 use super::{LinearMap, PackedWeight, cpu, gemm};
 use crate::error::{Error, Result};
 use crate::ffi::autograd::{self, Backward};
-use crate::ffi::runtime::autocast_kind;
+use crate::ffi::runtime::{autocast_kind, rounds_f32_products};
 use crate::ffi::simd::multiplies_bf16_faster;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
@@ -41,6 +41,8 @@ const FEW_OF_BF16_ON_AMD: i64 = 32;
 fn few(weight: &dyn PackedWeight, kind: Kind, device: Device, transposed: bool) -> i64 {
     match device {
         Device::Cpu if cpu::multiplies_many(weight, kind) => i64::MAX,
+        // In bf16 with sums in f32, which none of libtorch's products has.
+        Device::Cpu if kind == Kind::Float && multiplies_bf16_faster() && rounds_f32_products() => i64::MAX,
         Device::Cpu if kind == Kind::Float && multiplies_bf16_faster() => FEW_ON_AMD,
         Device::Cpu if kind == Kind::BFloat16 && multiplies_bf16_faster() => FEW_OF_BF16_ON_AMD,
         Device::Cpu if transposed => FEW,

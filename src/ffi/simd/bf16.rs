@@ -34,7 +34,7 @@ pub(crate) trait DotBf16: Copy + Send + Sync + 'static {
     fn splat(self, pair: [bf16; 2]) -> Self::P;
     /// `c[i] + a[2 i] · b[2 i] + a[2 i + 1] · b[2 i + 1]`.
     fn dot(self, a: Self::P, b: Self::P, c: <Self::S as Simd>::V) -> <Self::S as Simd>::V;
-    /// The nearest bf16 of the first sixteen and the others; no NaN.
+    /// The nearest bf16 of the first sixteen and the others.
     fn pack(self, v: [<Self::S as Simd>::V; 2]) -> Self::P;
     /// The table for [`look_up_nibbles`](Self::look_up_nibbles) and
     /// [`look_up_field`](Self::look_up_field): the nearest bf16 of sixteen values.

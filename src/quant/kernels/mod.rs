@@ -37,9 +37,10 @@ pub(crate) use nibbles::{Powers, Zeros, power};
 pub(crate) use unpack::{Tile, unpack, unpack_index};
 
 use crate::error::Result;
-use crate::ffi::simd::{Amx, multiplies_bf16, multiplies_bf16_faster};
+use crate::ffi::simd::{Amx, Bf16Kernel, DotBf16, LANES, dispatch_bf16, multiplies_bf16, multiplies_bf16_faster};
 use arithmetic::Element;
 use half::bf16;
+use std::borrow::Cow;
 
 /// Rows beyond which products are for many: a caller may find it to be fewer.
 const FEW: usize = 64;
@@ -51,10 +52,11 @@ const TOO_FEW_FOR_TILES: usize = 8;
 const TOO_FEW_FOR_INTEGERS: usize = 3;
 
 /// Whether [`product`] and [`product_transposed`] can do a weight with rows of
-/// `inn` elements, times so many rows.
-pub(crate) fn fits<F: InBf16, T: Float>(format: &F, inn: usize, rows: usize) -> bool {
+/// `inn` elements, times so many rows, of f32 that `may_round` to bf16.
+pub(crate) fn fits<F: InBf16, T: Float>(format: &F, inn: usize, rows: usize, may_round: bool) -> bool {
     (rows <= FEW || format.integers().is_some()) && whole_units::<F, f32>(format, inn)
         || T::DTYPE == Dtype::Bf16 && many_bf16::fits(format, inn).is_some()
+        || T::DTYPE == Dtype::F32 && may_round && multiplies_bf16_faster() && whole_units::<F, bf16>(format, inn)
 }
 
 /// Whether the rows of a weight are whole blocks of whole units.
@@ -62,12 +64,47 @@ fn whole_units<F: Format, E: Element<F>>(format: &F, inn: usize) -> bool {
     format.block_len().is_multiple_of(E::UNIT) && inn.is_multiple_of(format.block_len())
 }
 
-/// Whether few rows of bf16, of this width, are multiplied as they are: if the weight is of bf16, and the processor
-/// and the format gain by it; the unit tests take any processor that can.
-fn in_bf16<F: InBf16>(format: &F, inn: usize, from: &[bf16], width: usize) -> bool {
-    let enough = from.len() > F::TOO_FEW * width;
-    let fits = enough && format.dtype() == Dtype::Bf16 && whole_units::<F, bf16>(format, inn);
-    fits && if cfg!(test) { multiplies_bf16() } else { multiplies_bf16_faster() }
+/// Rows of x or g, of this width, as bf16 to be multiplied as such: if that is what they and the weight are, or what f32
+/// may be rounded to, and the processor and the format gain by it; the unit tests take any processor that can.
+fn in_bf16<'a, F: InBf16, T: Float>(
+    format: &F,
+    inn: usize,
+    from: &'a [T],
+    width: usize,
+    may_round: bool,
+) -> Option<Cow<'a, [bf16]>> {
+    let gains = if cfg!(test) { multiplies_bf16() } else { multiplies_bf16_faster() };
+    if !gains || from.len() <= F::TOO_FEW * width || !whole_units::<F, bf16>(format, inn) {
+        return None;
+    }
+    match T::as_bf16(from) {
+        Some(from) if format.dtype() == Dtype::Bf16 => Some(Cow::Borrowed(from)),
+        None if T::DTYPE == Dtype::F32 && may_round => {
+            let mut rounded = vec![bf16::ZERO; from.len()];
+            dispatch_bf16(Round { from, to: &mut rounded });
+            Some(Cow::Owned(rounded))
+        }
+        _ => None,
+    }
+}
+
+/// Writes the nearest bf16 of each number.
+struct Round<'a, T> {
+    from: &'a [T],
+    to: &'a mut [bf16],
+}
+
+impl<T: Float> Bf16Kernel for Round<'_, T> {
+    #[inline(always)]
+    fn run<D: DotBf16>(self, d: D) {
+        let s = d.simd();
+        let ((from, rest), (to, to_rest)) = (self.from.as_chunks::<{ 2 * LANES }>(), self.to.as_chunks_mut());
+        for (to, from) in to.iter_mut().zip(from) {
+            let from = from.as_chunks().0;
+            d.store(d.pack([T::load(s, &from[0]), T::load(s, &from[1])]), to);
+        }
+        to_rest.iter_mut().zip(rest).for_each(|(to, from)| *to = bf16::from_f32(from.to_f32()));
+    }
 }
 
 /// Whether the kernels do better than libtorch with any number of rows of this dtype.
@@ -107,8 +144,15 @@ macro_rules! by_rows {
     }};
 }
 
-/// y = x · Wᵀ: x (n, in), y (n, out), row-major, of a weight that [`fits`].
-pub(crate) fn product<F: InBf16, T: Float>(format: &F, shape: [usize; 2], x: &[T], y: &mut [T]) -> Result<()> {
+/// y = x · Wᵀ: x (n, in), y (n, out), row-major, of a weight that [`fits`]. If f32 `may_round`, both sides are rounded
+/// to bf16 where that gains.
+pub(crate) fn product<F: InBf16, T: Float>(
+    format: &F,
+    shape: [usize; 2],
+    x: &[T],
+    y: &mut [T],
+    may_round: bool,
+) -> Result<()> {
     if let (Some(x), Some(y), Some(amx)) = (T::as_bf16(x), T::as_bf16_mut(y), many_bf16::fits(format, shape[1]))
         && x.len() > TOO_FEW_FOR_TILES * shape[1]
     {
@@ -119,20 +163,19 @@ pub(crate) fn product<F: InBf16, T: Float>(format: &F, shape: [usize; 2], x: &[T
     {
         return Ok(());
     }
-    match T::as_bf16(x) {
-        Some(x) if in_bf16(format, shape[1], x, shape[1]) => {
-            by_rows!(product::<bf16, bf16>, format, shape, x, shape[1], y, shape[0])
-        }
-        _ => by_rows!(product::<f32, T>, format, shape, x, shape[1], y, shape[0]),
+    match in_bf16(format, shape[1], x, shape[1], may_round) {
+        Some(x) => by_rows!(product::<bf16, bf16>, format, shape, &x[..], shape[1], y, shape[0]),
+        None => by_rows!(product::<f32, T>, format, shape, x, shape[1], y, shape[0]),
     }
 }
 
-/// dX = g · W: g (n, out), dx (n, in), row-major, of a weight that [`fits`].
+/// dX = g · W: g (n, out), dx (n, in), row-major, of a weight that [`fits`]. `may_round` is as in [`product`].
 pub(crate) fn product_transposed<F: InBf16, T: Float>(
     format: &F,
     shape: [usize; 2],
     g: &[T],
     dx: &mut [T],
+    may_round: bool,
 ) -> Result<()> {
     if let (Some(g), Some(dx), Some(amx)) = (T::as_bf16(g), T::as_bf16_mut(dx), many_bf16::fits(format, shape[1]))
         && g.len() > TOO_FEW_FOR_TILES * shape[0]
@@ -145,10 +188,8 @@ pub(crate) fn product_transposed<F: InBf16, T: Float>(
     {
         return Ok(());
     }
-    match T::as_bf16(g) {
-        Some(g) if in_bf16(format, shape[1], g, shape[0]) => {
-            by_rows!(product_transposed::<bf16, bf16>, format, shape, g, shape[0], dx, shape[1])
-        }
-        _ => by_rows!(product_transposed::<f32, T>, format, shape, g, shape[0], dx, shape[1]),
+    match in_bf16(format, shape[1], g, shape[0], may_round) {
+        Some(g) => by_rows!(product_transposed::<bf16, bf16>, format, shape, &g[..], shape[0], dx, shape[1]),
+        None => by_rows!(product_transposed::<f32, T>, format, shape, g, shape[0], dx, shape[1]),
     }
 }
