@@ -237,8 +237,9 @@ impl Float32MatmulPrecision {
 /// was said before; at first that is [`Highest`](Float32MatmulPrecision::Highest).
 ///
 /// It is libtorch's setting, for its own products too. With [`Medium`](Float32MatmulPrecision::Medium), products of
-/// f32 with packed weights round both sides to bf16 where the processor multiplies these faster and rows are few, which
-/// bitsandbytes' packed kernel on the CPU always does. Each of their terms is then within `2⁻⁸ · |x · w|`.
+/// f32 with packed weights round both sides to bf16 where AMD's processors multiply these (AVX512-BF16 and AVX512-VBMI), which
+/// bitsandbytes' packed kernel on the CPU always does. Each of their terms is then within `2⁻⁸ · |x · w|`. Say it once, at
+/// the start: the first products after a change take some milliseconds longer.
 ///
 /// # Errors
 /// [`Error::Torch`] where libtorch's newer settings, one for each library, contradict each other.
