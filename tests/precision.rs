@@ -55,8 +55,8 @@ fn products_of_f32_are_rounded_to_bf16_only_where_that_is_allowed() {
                 if bf16_gains() {
                     // Bytes of int8 are multiplied as integers.
                     assert_eq!(differ, scheme != Scheme::Int8, "{what}");
-                } else {
-                    // More rows are libtorch's.
+                } else if device() == Device::Cpu {
+                    // More rows are libtorch's, and so are all where a device has no kernels.
                     assert!(!differ || n > 16, "{what}");
                 }
             }
