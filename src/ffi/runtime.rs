@@ -236,10 +236,10 @@ impl Float32MatmulPrecision {
 /// Says how exact products of f32 have to be, in the whole program: `torch.set_float32_matmul_precision`. Answers what
 /// was said before; at first that is [`Highest`](Float32MatmulPrecision::Highest).
 ///
-/// It is libtorch's setting, for its own products too. With [`Medium`](Float32MatmulPrecision::Medium), products of
-/// f32 with packed weights round both sides to bf16 where AMD's processors multiply these (AVX512-BF16 and AVX512-VBMI), which
-/// bitsandbytes' packed kernel on the CPU always does. Each of their terms is then within `2⁻⁸ · |x · w|`. Say it once, at
-/// the start: the first products after a change take some milliseconds longer.
+/// It is libtorch's setting, for its own products too. With [`Medium`](Float32MatmulPrecision::Medium), products of f32
+/// with packed weights round both sides to bf16 where AMD's processors multiply these (AVX512-BF16 and AVX512-VBMI),
+/// which bitsandbytes' packed kernel on the CPU always does. Each of their terms is then within `2⁻⁸ · |x · w|`. Say it
+/// once, at the start: the first products after a change take some milliseconds longer.
 ///
 /// # Errors
 /// [`Error::Torch`] where libtorch's newer settings, one for each library, contradict each other.

@@ -178,7 +178,7 @@ fn serve<F: InBf16>(format: &F, shape: [usize; 2], op: Op) -> Result<bool> {
 }
 
 fn serve_as<F: InBf16, T: Float>(format: &F, shape: [usize; 2], op: Op) -> Result<bool> {
-    let may_round = rounds_f32_products();
+    let may_round = T::DTYPE == Dtype::F32 && rounds_f32_products();
     match op {
         Op::Unpack { row, columns, out } => {
             let tile = Tile { inn: shape[1], row: row as usize, columns: columns.start as usize..columns.end as usize };

@@ -52,11 +52,11 @@ const TOO_FEW_FOR_TILES: usize = 8;
 const TOO_FEW_FOR_INTEGERS: usize = 3;
 
 /// Whether [`product`] and [`product_transposed`] can do a weight with rows of
-/// `inn` elements, times so many rows, of f32 that `may_round` to bf16.
+/// `inn` elements, times so many rows; `may_round` says that these are f32 that may be rounded to bf16.
 pub(crate) fn fits<F: InBf16, T: Float>(format: &F, inn: usize, rows: usize, may_round: bool) -> bool {
     (rows <= FEW || format.integers().is_some()) && whole_units::<F, f32>(format, inn)
         || T::DTYPE == Dtype::Bf16 && many_bf16::fits(format, inn).is_some()
-        || T::DTYPE == Dtype::F32 && may_round && multiplies_bf16_faster() && whole_units::<F, bf16>(format, inn)
+        || may_round && multiplies_bf16_faster() && whole_units::<F, bf16>(format, inn)
 }
 
 /// Whether the rows of a weight are whole blocks of whole units.
@@ -79,7 +79,7 @@ fn in_bf16<'a, F: InBf16, T: Float>(
     }
     match T::as_bf16(from) {
         Some(from) if format.dtype() == Dtype::Bf16 => Some(Cow::Borrowed(from)),
-        None if T::DTYPE == Dtype::F32 && may_round => {
+        None if may_round => {
             let mut rounded = vec![bf16::ZERO; from.len()];
             dispatch_bf16(Round { from, to: &mut rounded });
             Some(Cow::Owned(rounded))
@@ -144,8 +144,8 @@ macro_rules! by_rows {
     }};
 }
 
-/// y = x · Wᵀ: x (n, in), y (n, out), row-major, of a weight that [`fits`]. If f32 `may_round`, both sides are rounded
-/// to bf16 where that gains.
+/// y = x · Wᵀ: x (n, in), y (n, out), row-major, of a weight that [`fits`]. `may_round` says that x is f32, and that
+/// both sides may be rounded to bf16 where that gains.
 pub(crate) fn product<F: InBf16, T: Float>(
     format: &F,
     shape: [usize; 2],
