@@ -5,7 +5,7 @@
 //! `--csv docs/data/linear.csv` it writes what `cargo run --example charts` draws. `--sizes 2048x2048,11008x4096`,
 //! `--rows 1,16` and `--dtypes f32` choose some of the cases.
 //!
-//! In f32 some of ours run a second time, "medium": with `set_float32_matmul_precision(Medium)`.
+//! In f32 ours run a second time, "medium": with `set_float32_matmul_precision(Medium)`.
 //!
 //! Peers run in a process of their own; each round times every contestant
 //! once, one after the other, and a figure is the median of the rounds; a
@@ -62,6 +62,7 @@ impl Ours {
         if kind == Kind::Float {
             schemes.extend([
                 ("nf4 (medium)", &nf4, Medium),
+                ("int8 (medium)", &int8, Medium),
                 ("int4 (medium)", &int4, Medium),
                 ("fp8 (medium)", &fp8, Medium),
             ]);

@@ -44,11 +44,14 @@ pub(crate) trait DotBf16: Copy + Send + Sync + 'static {
     fn look_up_nibbles(self, table: Self::P, bytes: &[u8; 2 * LANES], first: First) -> [Self::P; 2];
     /// `table[(b >> shift) & 15]` for each of 32 bytes.
     fn look_up_field(self, table: Self::P, bytes: &[u8; 2 * LANES], shift: u32) -> Self::P;
-    /// The table for [`look_up_bytes`](Self::look_up_bytes): the nearest bf16 of 128 values.
+    /// The table for [`look_up_floats`](Self::look_up_floats) and
+    /// [`look_up_integers`](Self::look_up_integers): the nearest bf16 of 128 values, which are not negative.
     fn table_of_128(self, values: [<Self::S as Simd>::V; 8]) -> Self::Table;
     /// `±table[b & 127]` for each of 64 bytes, of which the upper bit is the sign: that of byte
     /// `16 (i / 8) + 8 k + i % 8` in place `i` of answer `k`.
-    fn look_up_bytes(self, table: Self::Table, bytes: &[u8; 4 * LANES]) -> [Self::P; 2];
+    fn look_up_floats(self, table: Self::Table, bytes: &[u8; 4 * LANES]) -> [Self::P; 2];
+    /// The same of signed integers: `±table[|b| & 127]`, and 0 for 0.
+    fn look_up_integers(self, table: Self::Table, bytes: &[u8; 4 * LANES]) -> [Self::P; 2];
     /// Pairs `a[i], b[i]`: place `j` of answer `k` holds that of
     /// `i = 8 (j / 4) + 4 k + j % 4`.
     fn interleave(self, a: Self::P, b: Self::P) -> [Self::P; 2];
@@ -225,17 +228,20 @@ impl DotBf16 for Avx512Bf16 {
     }
 
     #[inline(always)]
-    fn look_up_bytes(self, table: Halves, bytes: &[u8; 4 * LANES]) -> [__m512i; 2] {
-        let Halves { low, high } = table;
+    fn look_up_floats(self, table: Halves, bytes: &[u8; 4 * LANES]) -> [__m512i; 2] {
         // SAFETY: see above.
         unsafe {
-            // A look-up ignores the sign.
             let codes = _mm512_loadu_si512(bytes.as_ptr().cast());
-            let low = _mm512_permutex2var_epi8(low[0], codes, low[1]);
-            let high = _mm512_permutex2var_epi8(high[0], codes, high[1]);
-            const FIRST_OR_BOTH_OTHERS: i32 = 0xf8;
-            let high = _mm512_ternarylogic_epi32::<FIRST_OR_BOTH_OTHERS>(high, codes, _mm512_set1_epi8(i8::MIN));
-            [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
+            look_up(table, __mmask64::MAX, codes, codes)
+        }
+    }
+
+    #[inline(always)]
+    fn look_up_integers(self, table: Halves, bytes: &[u8; 4 * LANES]) -> [__m512i; 2] {
+        // SAFETY: see above.
+        unsafe {
+            let codes = _mm512_loadu_si512(bytes.as_ptr().cast());
+            look_up(table, _mm512_test_epi8_mask(codes, codes), _mm512_abs_epi8(codes), codes)
         }
     }
 
@@ -264,6 +270,21 @@ impl DotBf16 for Avx512Bf16 {
     fn transpose_pairs(self, rows: &[__m512i; LANES]) -> [__m512i; LANES] {
         // SAFETY: all are 64 bytes of any value.
         unsafe { std::mem::transmute(transpose(&std::mem::transmute::<[__m512i; LANES], [__m512; LANES]>(*rows))) }
+    }
+}
+
+/// Numbers of a table with signs, for the bytes of a mask and 0 for the others, of the first eight of each sixteen and
+/// of their others. A look-up ignores the upper bit.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn look_up(Halves { low, high }: Halves, mask: __mmask64, codes: __m512i, signs: __m512i) -> [__m512i; 2] {
+    // SAFETY: called where an `Avx512Bf16` is.
+    unsafe {
+        let low = _mm512_maskz_permutex2var_epi8(mask, low[0], codes, low[1]);
+        let high = _mm512_maskz_permutex2var_epi8(mask, high[0], codes, high[1]);
+        const FIRST_OR_BOTH_OTHERS: i32 = 0xf8;
+        let high = _mm512_ternarylogic_epi32::<FIRST_OR_BOTH_OTHERS>(high, signs, _mm512_set1_epi8(i8::MIN));
+        [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
     }
 }
 

@@ -1,132 +1,102 @@
-//! The formats of a byte for each element as bf16.
+//! The formats of a byte for each element as bf16: a row has a table of the
+//! values of its 128 magnitudes, and the sign is the byte's.
 
-use super::formats::{Byte, Scaled};
+use super::formats::Byte;
 use super::in_bf16::{InBf16, QUAD, V};
 use super::{Absmax, Bytes, Dtype, E4m3, E5m2, Format, I8};
 use crate::ffi::simd::{DotBf16, LANES, Simd};
 
-/// How a byte of [`Bytes`] is made bf16.
+/// A byte that can be looked up.
 pub(crate) trait ByteInBf16: Byte {
-    /// What the elements of a row share.
-    type Shared<D: DotBf16>: Copy;
-    /// As [`InBf16`]'s.
-    const TOO_FEW: usize = 0;
+    /// The negative number of each magnitude.
+    const NEGATIVES: [[u8; LANES]; 8];
 
-    fn share<D: DotBf16>(d: D, scale: V<D>) -> Self::Shared<D>;
-    fn quad<D: DotBf16>(d: D, shared: Self::Shared<D>, bytes: &[u8; QUAD]) -> [D::P; 2];
-    /// The same without what is shared.
-    fn quad_alone<D: DotBf16>(d: D, scale: V<D>, bytes: &[u8; QUAD]) -> [D::P; 2];
-    fn place(k: usize, i: usize) -> usize;
+    fn look_up<D: DotBf16>(d: D, table: D::Table, bytes: &[u8; QUAD]) -> [D::P; 2];
 }
 
-impl ByteInBf16 for I8 {
-    type Shared<D: DotBf16> = V<D>;
-    const TOO_FEW: usize = 4;
-
-    #[inline(always)]
-    fn share<D: DotBf16>(_: D, scale: V<D>) -> V<D> {
-        scale
-    }
-
-    #[inline(always)]
-    fn quad<D: DotBf16>(d: D, scale: V<D>, bytes: &[u8; QUAD]) -> [D::P; 2] {
-        scaled::<I8, D>(
-            d,
-            bytes,
-            #[inline(always)]
-            |v| d.simd().mul(v, scale),
-        )
-    }
-
-    #[inline(always)]
-    fn quad_alone<D: DotBf16>(d: D, scale: V<D>, bytes: &[u8; QUAD]) -> [D::P; 2] {
-        Self::quad(d, scale, bytes)
-    }
-
-    #[inline(always)]
-    fn place(k: usize, i: usize) -> usize {
-        2 * LANES * k + i
-    }
-}
-
-/// The numbers of seven bits.
-const MAGNITUDES: [[u8; LANES]; 8] = {
+/// The bytes whose upper bit is the sign, by their other bits.
+const fn negatives(integers: bool) -> [[u8; LANES]; 8] {
     let (mut numbers, mut i) = ([[0; LANES]; 8], 0);
     while i < 128 {
-        numbers[i / LANES][i % LANES] = i as u8;
+        let magnitude = i as u8;
+        // Of integers, that of -128 is 0, as zero needs none.
+        numbers[i / LANES][i % LANES] = 128 | if integers { magnitude.wrapping_neg() } else { magnitude };
         i += 1;
     }
     numbers
-};
+}
 
-/// Floats of eight bits: of each magnitude, times the scale, a table is made once for a row.
-macro_rules! floats_in_bf16 {
+impl ByteInBf16 for I8 {
+    const NEGATIVES: [[u8; LANES]; 8] = negatives(true);
+
+    #[inline(always)]
+    fn look_up<D: DotBf16>(d: D, table: D::Table, bytes: &[u8; QUAD]) -> [D::P; 2] {
+        d.look_up_integers(table, bytes)
+    }
+}
+
+macro_rules! floats {
     ($($byte:ty)*) => { $(
         impl ByteInBf16 for $byte {
-            type Shared<D: DotBf16> = D::Table;
+            const NEGATIVES: [[u8; LANES]; 8] = negatives(false);
 
             #[inline(always)]
-            fn share<D: DotBf16>(d: D, scale: V<D>) -> D::Table {
-                let s = d.simd();
-                let mut values = [scale; 8];
-                for i in 0..8 {
-                    values[i] = s.mul(<$byte>::widen(s, &MAGNITUDES[i]), scale);
-                }
-                d.table_of_128(values)
-            }
-
-            #[inline(always)]
-            fn quad<D: DotBf16>(d: D, table: D::Table, bytes: &[u8; QUAD]) -> [D::P; 2] {
-                d.look_up_bytes(table, bytes)
-            }
-
-            #[inline(always)]
-            fn quad_alone<D: DotBf16>(d: D, scale: V<D>, bytes: &[u8; QUAD]) -> [D::P; 2] {
-                let s = d.simd();
-                let scale = s.mul(scale, s.splat(<$byte>::OVER));
-                let mut in_place = [0; QUAD];
-                for k in 0..2 {
-                    for i in 0..2 * LANES {
-                        in_place[2 * LANES * k + i] = bytes[Self::place(k, i)];
-                    }
-                }
-                scaled::<$byte, D>(
-                    d,
-                    &in_place,
-                    #[inline(always)]
-                    |v| s.mul(v, scale),
-                )
-            }
-
-            #[inline(always)]
-            fn place(k: usize, i: usize) -> usize {
-                // The order of `look_up_bytes`.
-                16 * (i / 8) + 8 * k + i % 8
+            fn look_up<D: DotBf16>(d: D, table: D::Table, bytes: &[u8; QUAD]) -> [D::P; 2] {
+                d.look_up_floats(table, bytes)
             }
         }
     )* };
 }
 
-floats_in_bf16!(E4m3 E5m2);
+floats!(E4m3 E5m2);
 
-/// Sixty-four numbers of one byte each, over [`Byte::OVER`], by a factor.
+/// The table of what a row's bytes mean, by what a number is made of its value.
 #[inline(always)]
-fn scaled<B: Byte, D: DotBf16>(d: D, bytes: &[u8; QUAD], scale: impl Fn(V<D>) -> V<D>) -> [D::P; 2] {
-    let (s, bytes) = (d.simd(), bytes.as_chunks().0.as_chunks().0);
-    let ([p, q], [r, t]) = (B::widen_over(s, &bytes[0]), B::widen_over(s, &bytes[1]));
-    [d.pack([scale(p), scale(q)]), d.pack([scale(r), scale(t)])]
+fn table<B: ByteInBf16, D: DotBf16>(d: D, scaled: impl Fn(V<D>) -> V<D>) -> D::Table {
+    let s = d.simd();
+    let mut values = [s.splat(0.0); 8];
+    for i in 0..8 {
+        values[i] = s.mul(scaled(B::widen(s, &B::NEGATIVES[i])), s.splat(-1.0));
+    }
+    d.table_of_128(values)
 }
 
-/// What the elements of a row share, and their bytes.
+/// The same of sixty-four bytes, without a table.
+#[inline(always)]
+fn alone<B: Byte, D: DotBf16>(d: D, bytes: &[u8; QUAD], scaled: impl Fn(V<D>) -> V<D>) -> [D::P; 2] {
+    let (s, mut in_place) = (d.simd(), [0; QUAD]);
+    for k in 0..2 {
+        for i in 0..2 * LANES {
+            in_place[2 * LANES * k + i] = bytes[place(k, i)];
+        }
+    }
+    let pairs = in_place.as_chunks().0.as_chunks().0;
+    let ([a, b], [e, f]) = (B::widen_over(s, &pairs[0]), B::widen_over(s, &pairs[1]));
+    [d.pack([scaled(a), scaled(b)]), d.pack([scaled(e), scaled(f)])]
+}
+
+/// The order of [`DotBf16::look_up_floats`].
+#[inline(always)]
+fn place(k: usize, i: usize) -> usize {
+    16 * (i / 8) + 8 * k + i % 8
+}
+
+/// A row's table and bytes.
 #[derive(Clone, Copy)]
 pub(crate) struct BytesRow<'a, T> {
-    shared: T,
+    table: T,
     bytes: &'a [[u8; LANES]],
 }
 
+impl<'a, T: Copy> BytesRow<'a, T> {
+    #[inline(always)]
+    fn quad(&self, i: usize) -> &'a [u8; QUAD] {
+        &self.bytes.as_flattened().as_chunks().0[i]
+    }
+}
+
 impl<'a, B: ByteInBf16> InBf16 for Bytes<'a, B> {
-    type BlockOf<D: DotBf16> = BytesRow<'a, B::Shared<D>>;
-    const TOO_FEW: usize = B::TOO_FEW;
+    type BlockOf<D: DotBf16> = BytesRow<'a, D::Table>;
     const LARGE_BLOCKS: bool = true;
 
     fn dtype(&self) -> Dtype {
@@ -134,15 +104,28 @@ impl<'a, B: ByteInBf16> InBf16 for Bytes<'a, B> {
     }
 
     #[inline(always)]
-    fn block_in_bf16<D: DotBf16>(&self, d: D, index: usize) -> BytesRow<'a, B::Shared<D>> {
-        let Scaled { scale, bytes } = self.block(d.simd(), index);
-        BytesRow { shared: B::share(d, scale), bytes }
+    fn block_in_bf16<D: DotBf16>(&self, d: D, index: usize) -> BytesRow<'a, D::Table> {
+        let (s, row) = (d.simd(), self.block(d.simd(), index));
+        BytesRow {
+            table: table::<B, D>(
+                d,
+                #[inline(always)]
+                |v| s.mul(v, row.scale),
+            ),
+            bytes: row.bytes,
+        }
     }
 
     #[inline(always)]
-    fn block_over_factor<D: DotBf16>(&self, d: D, index: usize) -> BytesRow<'a, B::Shared<D>> {
-        let s = d.simd();
-        BytesRow { shared: B::share(d, s.splat(1.0)), bytes: self.block(s, index).bytes }
+    fn block_over_factor<D: DotBf16>(&self, d: D, index: usize) -> BytesRow<'a, D::Table> {
+        BytesRow {
+            table: table::<B, D>(
+                d,
+                #[inline(always)]
+                |v| v,
+            ),
+            bytes: self.block(d.simd(), index).bytes,
+        }
     }
 
     #[inline(always)]
@@ -151,44 +134,85 @@ impl<'a, B: ByteInBf16> InBf16 for Bytes<'a, B> {
     }
 
     #[inline(always)]
-    fn quad<D: DotBf16>(&self, d: D, block: &BytesRow<'a, B::Shared<D>>, i: usize) -> [D::P; 2] {
-        B::quad(d, block.shared, &block.bytes.as_flattened().as_chunks().0[i])
+    fn quad<D: DotBf16>(&self, d: D, block: &BytesRow<'a, D::Table>, i: usize) -> [D::P; 2] {
+        B::look_up(d, block.table, block.quad(i))
     }
 
     #[inline(always)]
     fn quad_alone<D: DotBf16>(&self, d: D, at: usize) -> [D::P; 2] {
-        let Scaled { scale, bytes } = self.block(d.simd(), at / self.block_len());
-        B::quad_alone(d, scale, &bytes.as_flattened().as_chunks().0[at % self.block_len() / QUAD])
+        let (s, row) = (d.simd(), self.block(d.simd(), at / self.block_len()));
+        let scale = s.mul(row.scale, s.splat(B::OVER));
+        alone::<B, D>(
+            d,
+            &row.bytes.as_flattened().as_chunks().0[at % self.block_len() / QUAD],
+            #[inline(always)]
+            |v| s.mul(v, scale),
+        )
     }
 
     #[inline(always)]
     fn place(k: usize, i: usize) -> usize {
-        B::place(k, i)
+        place(k, i)
     }
 }
 
 impl<'a> InBf16 for Absmax<'a> {
-    type BlockOf<D: DotBf16> = Scaled<'a, V<D>>;
-    const TOO_FEW: usize = 4;
+    type BlockOf<D: DotBf16> = BytesRow<'a, D::Table>;
+    const LARGE_BLOCKS: bool = true;
 
     fn dtype(&self) -> Dtype {
         self.dtype
     }
 
     #[inline(always)]
-    fn block_in_bf16<D: DotBf16>(&self, d: D, index: usize) -> Scaled<'a, V<D>> {
-        self.block(d.simd(), index)
+    fn block_in_bf16<D: DotBf16>(&self, d: D, index: usize) -> BytesRow<'a, D::Table> {
+        let (s, row) = (d.simd(), self.block(d.simd(), index));
+        BytesRow {
+            table: table::<I8, D>(
+                d,
+                #[inline(always)]
+                |v| s.mul(s.mul(v, row.scale), s.splat(self.step)),
+            ),
+            bytes: row.bytes,
+        }
     }
 
     #[inline(always)]
-    fn quad<D: DotBf16>(&self, d: D, block: &Scaled<'a, V<D>>, i: usize) -> [D::P; 2] {
-        let (s, bytes) = (d.simd(), &block.bytes.as_flattened().as_chunks().0[i]);
-        scaled::<I8, D>(
+    fn block_over_factor<D: DotBf16>(&self, d: D, index: usize) -> BytesRow<'a, D::Table> {
+        BytesRow {
+            table: table::<I8, D>(
+                d,
+                #[inline(always)]
+                |v| v,
+            ),
+            bytes: self.block(d.simd(), index).bytes,
+        }
+    }
+
+    #[inline(always)]
+    fn factor_in_bf16(&self, row: usize) -> f32 {
+        self.factor(row)
+    }
+
+    #[inline(always)]
+    fn quad<D: DotBf16>(&self, d: D, block: &BytesRow<'a, D::Table>, i: usize) -> [D::P; 2] {
+        d.look_up_integers(block.table, block.quad(i))
+    }
+
+    #[inline(always)]
+    fn quad_alone<D: DotBf16>(&self, d: D, at: usize) -> [D::P; 2] {
+        let (s, row) = (d.simd(), self.block(d.simd(), at / self.block_len()));
+        alone::<I8, D>(
             d,
-            bytes,
+            &row.bytes.as_flattened().as_chunks().0[at % self.block_len() / QUAD],
             #[inline(always)]
-            |v| s.mul(s.mul(v, block.scale), s.splat(self.step)),
+            |v| s.mul(s.mul(v, row.scale), s.splat(self.step)),
         )
+    }
+
+    #[inline(always)]
+    fn place(k: usize, i: usize) -> usize {
+        place(k, i)
     }
 }
 

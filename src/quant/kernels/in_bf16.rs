@@ -18,9 +18,6 @@ pub(crate) trait InBf16: Format {
     /// What the elements of a block share, and their bytes.
     type BlockOf<D: DotBf16>: Copy;
 
-    /// Rows up to which making bf16 of the values takes longer than f32 products save.
-    const TOO_FEW: usize = 0;
-
     /// Whether a few blocks of these fill the registers.
     const LARGE_BLOCKS: bool = false;
 

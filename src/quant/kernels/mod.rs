@@ -66,15 +66,9 @@ fn whole_units<F: Format, E: Element<F>>(format: &F, inn: usize) -> bool {
 
 /// Rows of x or g, of this width, as bf16 to be multiplied as such: if that is what they and the weight are, or what f32
 /// may be rounded to, and the processor and the format gain by it; the unit tests take any processor that can.
-fn in_bf16<'a, F: InBf16, T: Float>(
-    format: &F,
-    inn: usize,
-    from: &'a [T],
-    width: usize,
-    may_round: bool,
-) -> Option<Cow<'a, [bf16]>> {
+fn in_bf16<'a, F: InBf16, T: Float>(format: &F, inn: usize, from: &'a [T], may_round: bool) -> Option<Cow<'a, [bf16]>> {
     let gains = if cfg!(test) { multiplies_bf16() } else { multiplies_bf16_faster() };
-    if !gains || from.len() <= F::TOO_FEW * width || !whole_units::<F, bf16>(format, inn) {
+    if !gains || !whole_units::<F, bf16>(format, inn) {
         return None;
     }
     match T::as_bf16(from) {
@@ -158,15 +152,15 @@ pub(crate) fn product<F: InBf16, T: Float>(
     {
         return many_bf16::product(amx, format, shape, x, y);
     }
+    if let Some(x) = in_bf16(format, shape[1], x, may_round) {
+        return by_rows!(product::<bf16, bf16>, format, shape, &x[..], shape[1], y, shape[0]);
+    }
     if let Some(w) = format.integers()
         && integers::product(&w, &factors(format, shape[0]), x, y)?
     {
         return Ok(());
     }
-    match in_bf16(format, shape[1], x, shape[1], may_round) {
-        Some(x) => by_rows!(product::<bf16, bf16>, format, shape, &x[..], shape[1], y, shape[0]),
-        None => by_rows!(product::<f32, T>, format, shape, x, shape[1], y, shape[0]),
-    }
+    by_rows!(product::<f32, T>, format, shape, x, shape[1], y, shape[0])
 }
 
 /// dX = g · W: g (n, out), dx (n, in), row-major, of a weight that [`fits`]. `may_round` is as in [`product`].
@@ -182,14 +176,14 @@ pub(crate) fn product_transposed<F: InBf16, T: Float>(
     {
         return many_bf16::product_transposed(amx, format, shape, g, dx);
     }
+    if let Some(g) = in_bf16(format, shape[1], g, may_round) {
+        return by_rows!(product_transposed::<bf16, bf16>, format, shape, &g[..], shape[0], dx, shape[1]);
+    }
     if g.len() > TOO_FEW_FOR_INTEGERS * shape[0]
         && let Some(w) = format.integers()
         && integers::product_transposed(&w, &factors(format, shape[0]), g, dx)?
     {
         return Ok(());
     }
-    match in_bf16(format, shape[1], g, shape[0], may_round) {
-        Some(g) => by_rows!(product_transposed::<bf16, bf16>, format, shape, &g[..], shape[0], dx, shape[1]),
-        None => by_rows!(product_transposed::<f32, T>, format, shape, g, shape[0], dx, shape[1]),
-    }
+    by_rows!(product_transposed::<f32, T>, format, shape, g, shape[0], dx, shape[1])
 }
