@@ -54,9 +54,9 @@ pub(crate) trait Simd: Packing<<Self as Simd>::V> + Send + Sync + 'static {
     /// Runs a kernel compiled for this instruction set.
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
 
-    /// Asks for the cache line of what will be read soon.
+    /// Asks for the cache line at an address that will be read soon; any will do.
     #[inline(always)]
-    fn prefetch<T>(self, _: &T) {}
+    fn prefetch(self, _: *const u8) {}
 
     fn splat(self, value: f32) -> Self::V;
     fn load(self, from: &[f32; LANES]) -> Self::V;

@@ -1,7 +1,7 @@
 //! bitsandbytes' 4-bit formats: a code book, and a scale for each block, which
 //! may be quantised itself.
 
-use super::formats::{as_words, prefetch, words_of, write_values};
+use super::formats::{LINE, as_words, prefetch, words_of, write_values};
 use super::{Dtype, Float, Format};
 use crate::ffi::simd::{LANES, Simd};
 use std::marker::PhantomData;
@@ -17,7 +17,7 @@ pub(crate) trait Scales: Sync {
 impl Scales for &[f32] {
     #[inline(always)]
     fn prefetch<S: Simd>(&self, s: S, blocks: Range<usize>) {
-        prefetch(s, self, blocks);
+        prefetch(s, self.as_ptr().wrapping_add(blocks.start).cast(), size_of::<f32>() * blocks.len());
     }
 
     #[inline(always)]
@@ -44,7 +44,7 @@ impl Double<'_> {
 impl Scales for Double<'_> {
     #[inline(always)]
     fn prefetch<S: Simd>(&self, s: S, blocks: Range<usize>) {
-        prefetch(s, self.codes, blocks);
+        prefetch(s, self.codes.as_ptr().wrapping_add(blocks.start), blocks.len());
     }
 
     #[inline(always)]
@@ -134,9 +134,16 @@ impl<'a, Sc: Scales, W: Float> Format for Codes<'a, Sc, W> {
         [s.look_up_field(block.table, bytes, 4), s.look_up_field(block.table, bytes, 0)]
     }
 
+    const PER_LINE: usize = 2 * LINE;
+
+    #[inline(always)]
+    fn address(&self, element: usize) -> *const u8 {
+        self.bytes.as_ptr().wrapping_add(element / 2)
+    }
+
     #[inline(always)]
     fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
-        prefetch(s, self.bytes, elements.start / 2..elements.end / 2);
+        prefetch(s, self.address(elements.start), elements.len() / 2);
         self.scales.prefetch(s, elements.start / self.block..elements.end / self.block);
     }
 

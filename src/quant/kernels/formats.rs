@@ -10,6 +10,9 @@ use crate::ffi::simd::{LANES, Portable, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
 
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
+
 /// The bytes and scales of a packed weight, as slices.
 ///
 /// Values are those of the dtype that the weight had, held as f32.
@@ -32,8 +35,17 @@ pub(crate) trait Format: Sync {
         write_values(self, s, &self.block(s, index), first, out);
     }
 
-    /// Asks for the bytes of these flat elements, and their scales, to be in the cache soon.
-    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>);
+    /// Elements that a cache line has, one after the other in a row.
+    const PER_LINE: usize = LINE;
+
+    /// Where the byte of a flat element is, if there is such an element.
+    fn address(&self, element: usize) -> *const u8;
+
+    /// Asks for the bytes of these flat elements of a row, and their scales, to be in the cache soon.
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
+        prefetch(s, self.address(elements.start), elements.len() * LINE / Self::PER_LINE);
+    }
 
     /// The element at `at` of a block, for what is left over.
     fn value(&self, index: usize, at: usize) -> f32;
@@ -61,6 +73,14 @@ pub(crate) trait Format: Sync {
     }
 }
 
+/// Asks for so many bytes.
+#[inline(always)]
+pub(super) fn prefetch<S: Simd>(s: S, first: *const u8, bytes: usize) {
+    for at in (0..bytes).step_by(LINE) {
+        s.prefetch(first.wrapping_add(at));
+    }
+}
+
 /// Writes elements one sixteen after the other, each rounded on its own.
 #[inline(always)]
 pub(super) fn write_values<F: Format + ?Sized, S: Simd, T: Float>(
@@ -72,17 +92,6 @@ pub(super) fn write_values<F: Format + ?Sized, S: Simd, T: Float>(
 ) {
     for (i, out) in (2 * first..).step_by(2).zip(out) {
         T::store_pair(s, [format.values(s, block, i), format.values(s, block, i + 1)], out);
-    }
-}
-
-/// Asks for the cache lines of a range, as far as there are any.
-#[inline(always)]
-pub(super) fn prefetch<S: Simd, T>(s: S, from: &[T], range: Range<usize>) {
-    const LINE: usize = 64;
-    for i in range.step_by((LINE / size_of::<T>()).max(1)) {
-        if let Some(element) = from.get(i) {
-            s.prefetch(element);
-        }
     }
 }
 
@@ -227,8 +236,8 @@ impl<'a, B: Byte> Format for Bytes<'a, B> {
     }
 
     #[inline(always)]
-    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
-        prefetch(s, self.bytes, elements);
+    fn address(&self, element: usize) -> *const u8 {
+        self.bytes.as_ptr().wrapping_add(element)
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {
@@ -284,8 +293,8 @@ impl<'a> Format for Absmax<'a> {
     }
 
     #[inline(always)]
-    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
-        prefetch(s, self.bytes, elements);
+    fn address(&self, element: usize) -> *const u8 {
+        self.bytes.as_ptr().wrapping_add(element)
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {

@@ -1,9 +1,8 @@
 //! optimum-quanto's formats of a few bits.
 
-use super::formats::{as_words, prefetch, words_of, write_values};
+use super::formats::{as_words, words_of, write_values};
 use super::{Dtype, Float, Format};
 use crate::ffi::simd::{LANES, Simd};
-use std::ops::Range;
 
 /// What four bits can mean as an integer.
 pub(super) const CODES: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
@@ -103,9 +102,9 @@ impl<'a, W: Float> Format for Groups<'a, W> {
     }
 
     #[inline(always)]
-    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
-        let start = self.place(elements.start / self.group).0 + elements.start % self.group;
-        prefetch(s, self.bytes, start..start + elements.len());
+    fn address(&self, element: usize) -> *const u8 {
+        let start = self.place(element / self.group).0 + element % self.group;
+        self.bytes.as_ptr().wrapping_add(start)
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {

@@ -2,11 +2,10 @@
 //! MXFP4's and GPTQ's.
 
 use super::codebook::Nibbles;
-use super::formats::prefetch;
+use super::formats::LINE;
 use super::groups::CODES;
 use super::{Dtype, Float, Format};
 use crate::ffi::simd::{LANES, Simd};
-use std::ops::Range;
 
 /// The same bytes, their halves changed over.
 #[inline(always)]
@@ -98,12 +97,12 @@ impl<'a> Format for Powers<'a> {
         [self.dtype.round(s, even), self.dtype.round(s, odd)]
     }
 
+    const PER_LINE: usize = 2 * LINE;
+
     #[inline(always)]
-    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
-        let row = elements.start / self.row;
-        let columns = elements.start - row * self.row..elements.end - row * self.row;
-        let first = row * self.row.div_ceil(2);
-        prefetch(s, self.bytes, first + columns.start / 2..first + columns.end / 2);
+    fn address(&self, element: usize) -> *const u8 {
+        let (row, column) = (element / self.row, element % self.row);
+        self.bytes.as_ptr().wrapping_add(row * self.row.div_ceil(2) + column / 2)
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {
@@ -158,9 +157,11 @@ impl<'a, W: Float> Format for Zeros<'a, W> {
         [s.look_up_field(block.table, bytes, 0), s.look_up_field(block.table, bytes, 4)]
     }
 
+    const PER_LINE: usize = 2 * LINE;
+
     #[inline(always)]
-    fn prefetch<S: Simd>(&self, s: S, elements: Range<usize>) {
-        prefetch(s, self.bytes, elements.start / 2..elements.end / 2);
+    fn address(&self, element: usize) -> *const u8 {
+        self.bytes.as_ptr().wrapping_add(element / 2)
     }
 
     fn value(&self, index: usize, at: usize) -> f32 {

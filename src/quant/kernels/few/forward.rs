@@ -1,5 +1,6 @@
 //! y = x · Wᵀ of few rows.
 
+use super::ahead::Ahead;
 use super::{SHARE, STRIP};
 use crate::error::Result;
 use crate::ffi::compute::{Columns, for_each_chunk, for_each_columns};
@@ -133,6 +134,13 @@ impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
         }
     }
 
+    /// The `M` rows of W behind those from `row` on, from this unit on.
+    #[inline(always)]
+    pub(super) fn ahead<const M: usize>(&self, row: usize, unit: usize) -> Ahead {
+        let inn = self.x.len() * E::UNIT;
+        Ahead::new(self.format, (row + M) * inn + unit * E::UNIT, inn)
+    }
+
     /// The same of `M` rows of W, from `row` on.
     #[inline(always)]
     fn some<A: Arithmetic<F, Element = E>, const M: usize, const U: usize>(
@@ -167,6 +175,7 @@ impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
         let units = self.format.block_len() / E::UNIT;
         let blocks = self.x.len() / units;
         let (mut b, mut first) = (unit / units, unit % units);
+        let (ahead, mut at) = (self.ahead::<M>(row, unit), 0);
         // Two chains of sums where these are few, so that one addition need not wait for another.
         let second = if 2 * M * N < A::S::SUMS { 1 } else { 0 };
         let mut acc = [[[s.splat(0.0); 2]; N]; M];
@@ -186,6 +195,8 @@ impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
                 for m in 1..M {
                     w[m] = a.values(self.format, &block[m], first + i);
                 }
+                ahead.ask::<F, _>(s, E::UNIT, at, M);
+                at += 1;
                 for n in 0..N {
                     let x = [a.load(&x[n].0[0]), a.load(&x[n].0[1])];
                     for m in 0..M {

@@ -5,6 +5,7 @@
 //! Sums are in f32, in an order that depends on the shapes and the instruction
 //! set only, not on the number of threads.
 
+mod ahead;
 mod forward;
 mod passing;
 mod transposed;

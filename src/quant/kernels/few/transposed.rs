@@ -1,5 +1,6 @@
 //! dX = g · W of few rows.
 
+use super::ahead::Ahead;
 use super::{SHARE, STRIP};
 use crate::error::Result;
 use crate::ffi::compute::{for_each_chunk, for_each_columns, threads};
@@ -102,6 +103,8 @@ impl<F: Format, E: Element<F>, const N: usize> Transposed<'_, F, E, N> {
         let blocks = inn / self.format.block_len();
         let (mut b, mut first) = (self.first / units, self.first % units);
         let mut columns = &mut *self.columns;
+        let next = (row + M * E::ROWS) * inn + self.first * E::UNIT;
+        let (ahead, mut at) = (Ahead::new(self.format, next, inn), 0);
         while !columns.is_empty() {
             let mut block = [a.blocks(self.format, [row, out], blocks, b); M];
             for m in 1..M {
@@ -113,6 +116,8 @@ impl<F: Format, E: Element<F>, const N: usize> Transposed<'_, F, E, N> {
                 for m in 1..M {
                     w[m] = a.rows(self.format, &block[m], first + i);
                 }
+                ahead.ask::<F, _>(s, E::UNIT, at, M * E::ROWS);
+                at += 1;
                 for n in 0..N {
                     for (k, sum) in column[n].as_mut().iter_mut().enumerate() {
                         let mut v = s.load(&sum.0);

@@ -12,6 +12,8 @@ const BLOCK: usize = 16;
 const PART: usize = 32;
 /// Rows of W that are multiplied by a row of x at once: as many as there are registers for their sums.
 const AT_ONCE: usize = 8;
+/// The same by the first row of x, along which the rows of W are summed up.
+const AT_FIRST: usize = 4;
 
 /// y = x · Wᵀ, with these factors of the rows of W; answers whether x could be integers.
 pub(in crate::quant::kernels) fn product<T: Float>(
@@ -42,66 +44,78 @@ impl<T: Float> I8Kernel for Product<'_, T> {
     fn run<D: DotI8>(mut self, d: D) {
         let rows = self.y.len();
         let mut offsets = [d.zero(); PART];
-        for (i, offset) in offsets.iter_mut().enumerate().take(rows) {
-            *offset = offset_of(d, self.w.row(self.first + i));
-        }
         for (block, x) in self.x.chunks(BLOCK).enumerate() {
             let together = rows - rows % AT_ONCE;
             for i in (0..together).step_by(AT_ONCE) {
-                self.rows::<D, AT_ONCE>(d, i, &offsets, block * BLOCK, x);
+                self.rows::<D, AT_ONCE>(d, i, &mut offsets, block * BLOCK, x);
             }
             for i in together..rows {
-                self.rows::<D, 1>(d, i, &offsets, block * BLOCK, x);
+                self.rows::<D, 1>(d, i, &mut offsets, block * BLOCK, x);
             }
         }
     }
-}
-
-/// What the 2²³ in each element of x adds to the sums of the high bytes, to be taken away.
-#[inline(always)]
-fn offset_of<D: DotI8>(d: D, w: &[[u8; BYTES]]) -> D::Sums {
-    let (ones, mut sums) = (d.splat([1; 4]), [d.zero(); 2]);
-    let (pairs, last) = w.as_chunks::<2>();
-    for [a, b] in pairs {
-        sums = [d.dot(ones, d.load(a), sums[0]), d.dot(ones, d.load(b), sums[1])];
-    }
-    for w in last {
-        sums[0] = d.dot(ones, d.load(w), sums[0]);
-    }
-    d.times_minus_128(d.add(sums[0], sums[1]))
 }
 
 impl<T: Float> Product<'_, T> {
     /// The products of `M` rows of W with a block of x, which begins at row `first`.
     #[inline(always)]
-    fn rows<D: DotI8, const M: usize>(&mut self, d: D, i: usize, offsets: &[D::Sums; PART], first: usize, x: &[Row]) {
+    fn rows<D: DotI8, const M: usize>(
+        &mut self,
+        d: D,
+        i: usize,
+        offsets: &mut [D::Sums; PART],
+        first: usize,
+        x: &[Row],
+    ) {
         for (n, x) in x.iter().enumerate() {
-            self.dot::<D, M>(d, i, offsets, first + n, x);
+            match first + n {
+                0 if M == AT_ONCE => {
+                    for i in (i..i + M).step_by(AT_FIRST) {
+                        self.dot::<D, AT_FIRST, true>(d, i, offsets, 0, x);
+                    }
+                }
+                0 => self.dot::<D, M, true>(d, i, offsets, 0, x),
+                n => self.dot::<D, M, false>(d, i, offsets, n, x),
+            }
         }
     }
 
     // The loops over `0..M` and the like below are unrolled into registers; iterators
     // and closures of the standard library would not be inlined for certain.
 
-    /// The products of `M` rows of W with row `n` of x.
+    /// The products of `M` rows of W with row `n` of x, and if that is the `FIRST`, what the 2²³ in each element of x
+    /// adds to the sums of the high bytes, to be taken away.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
-    fn dot<D: DotI8, const M: usize>(&mut self, d: D, i: usize, offsets: &[D::Sums; PART], n: usize, x: &Row) {
+    fn dot<D: DotI8, const M: usize, const FIRST: bool>(
+        &mut self,
+        d: D,
+        i: usize,
+        offsets: &mut [D::Sums; PART],
+        n: usize,
+        x: &Row,
+    ) {
         let (s, units) = (d.simd(), self.w.row / BYTES);
         let lines = &x.lines[..units];
         let mut w = [self.w.row(self.first + i); M];
-        let mut sums = [[d.zero(); LIMBS]; M];
         for m in 0..M {
             w[m] = &self.w.row(self.first + i + m)[..units];
-            sums[m][0] = offsets[i + m];
         }
+        let (ones, mut all, mut sums) = (d.splat([1; 4]), [d.zero(); M], [[d.zero(); LIMBS]; M]);
         for u in 0..units {
             let mut x = [d.load(&lines[u][0].0); LIMBS];
             for k in 1..LIMBS {
                 x[k] = d.load(&lines[u][k].0);
             }
             for m in 0..M {
+                if FIRST {
+                    // Rows are about as long as the pages of memory in which a processor looks ahead by itself.
+                    s.prefetch(w[m][u].as_ptr().wrapping_add(M * self.w.row));
+                }
                 let w = d.load(&w[m][u]);
+                if FIRST {
+                    all[m] = d.dot(ones, w, all[m]);
+                }
                 for k in 0..LIMBS {
                     sums[m][k] = d.dot(x[k], w, sums[m][k]);
                 }
@@ -109,6 +123,10 @@ impl<T: Float> Product<'_, T> {
         }
         let (scale, y) = (x.scale.unwrap_or_default(), &mut self.y.row(n)[i..i + M]);
         for m in 0..M {
+            if FIRST {
+                offsets[i + m] = d.times_minus_128(all[m]);
+            }
+            sums[m][0] = d.add(sums[m][0], offsets[i + m]);
             y[m] = T::from_f32(s.sum(join(d, sums[m])) * scale * self.factors[self.first + i + m]);
         }
     }
