@@ -52,6 +52,7 @@ floats!(E4m3 E5m2);
 
 /// The table of what a row's bytes mean, by what a number is made of its value.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)]
 fn table<B: ByteInBf16, D: DotBf16>(d: D, scaled: impl Fn(V<D>) -> V<D>) -> D::Table {
     let s = d.simd();
     let mut values = [s.splat(0.0); 8];
