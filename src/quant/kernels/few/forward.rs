@@ -175,7 +175,7 @@ impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
         let units = self.format.block_len() / E::UNIT;
         let blocks = self.x.len() / units;
         let (mut b, mut first) = (unit / units, unit % units);
-        let (ahead, mut at) = (self.ahead::<M>(row, unit), 0);
+        let mut ahead = self.ahead::<M>(row, unit);
         // Two chains of sums where these are few, so that one addition need not wait for another.
         let second = if 2 * M * N < A::S::SUMS { 1 } else { 0 };
         let mut acc = [[[s.splat(0.0); 2]; N]; M];
@@ -191,12 +191,12 @@ impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
             }
             let (part, rest) = x.split_at((units - first).min(x.len()));
             for (i, x) in part.iter().enumerate() {
+                // Here, where few values are in the registers.
+                ahead.ask::<F, _>(s, E::UNIT, M);
                 let mut w = [a.values(self.format, &block[0], first + i); M];
                 for m in 1..M {
                     w[m] = a.values(self.format, &block[m], first + i);
                 }
-                ahead.ask::<F, _>(s, E::UNIT, at, M);
-                at += 1;
                 for n in 0..N {
                     let x = [a.load(&x[n].0[0]), a.load(&x[n].0[1])];
                     for m in 0..M {

@@ -28,16 +28,16 @@ impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
         let blocks = self.x.len() / units;
         let (mut b, mut first) = (unit / units, unit % units);
         let mut w = [[[a.load(&E::ZERO); 2]; U]; M];
-        let (s, ahead, mut at) = (a.simd(), self.ahead::<M>(row, unit), 0);
+        let (s, mut ahead) = (a.simd(), self.ahead::<M>(row, unit));
         if units == 1 {
             let (groups, rest) = x.as_chunks::<U>();
             for x in groups {
                 for u in 0..U {
+                    ahead.ask::<F, _>(s, E::UNIT, M);
                     for m in 0..M {
                         w[m][u] = a.values(self.format, &a.block(self.format, (row + m) * blocks + b), 0);
                     }
-                    ahead.ask::<F, _>(s, E::UNIT, at, M);
-                    (b, at) = (b + 1, at + 1);
+                    b += 1;
                 }
                 add(a, &w, x, sums);
             }
@@ -51,24 +51,22 @@ impl<F: Format, E: Element<F>, const N: usize> Product<'_, F, E, N> {
             let (part, rest) = x.split_at((units - first).min(x.len()));
             let (groups, last) = part.as_chunks::<U>();
             for (i, x) in groups.iter().enumerate() {
+                for _ in 0..U {
+                    ahead.ask::<F, _>(s, E::UNIT, M);
+                }
                 for m in 0..M {
                     for u in 0..U {
                         w[m][u] = a.values(self.format, &block[m], first + i * U + u);
                     }
                 }
-                for _ in 0..U {
-                    ahead.ask::<F, _>(s, E::UNIT, at, M);
-                    at += 1;
-                }
                 add(a, &w, x, sums);
             }
             for (i, x) in last.iter().enumerate() {
+                ahead.ask::<F, _>(s, E::UNIT, M);
                 let mut w = [[[a.load(&E::ZERO); 2]; 1]; M];
                 for m in 0..M {
                     w[m][0] = a.values(self.format, &block[m], first + groups.len() * U + i);
                 }
-                ahead.ask::<F, _>(s, E::UNIT, at, M);
-                at += 1;
                 add(a, &w, std::array::from_ref(x), sums);
             }
             (b, first, x) = (b + 1, 0, rest);

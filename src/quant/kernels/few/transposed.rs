@@ -104,7 +104,7 @@ impl<F: Format, E: Element<F>, const N: usize> Transposed<'_, F, E, N> {
         let (mut b, mut first) = (self.first / units, self.first % units);
         let mut columns = &mut *self.columns;
         let next = (row + M * E::ROWS) * inn + self.first * E::UNIT;
-        let (ahead, mut at) = (Ahead::new(self.format, next, inn), 0);
+        let mut ahead = Ahead::new(self.format, next, inn);
         while !columns.is_empty() {
             let mut block = [a.blocks(self.format, [row, out], blocks, b); M];
             for m in 1..M {
@@ -112,12 +112,11 @@ impl<F: Format, E: Element<F>, const N: usize> Transposed<'_, F, E, N> {
             }
             let (part, rest) = columns.split_at_mut((units - first).min(columns.len()));
             for (i, column) in part.iter_mut().enumerate() {
+                ahead.ask::<F, _>(s, E::UNIT, M * E::ROWS);
                 let mut w = [a.rows(self.format, &block[0], first + i); M];
                 for m in 1..M {
                     w[m] = a.rows(self.format, &block[m], first + i);
                 }
-                ahead.ask::<F, _>(s, E::UNIT, at, M * E::ROWS);
-                at += 1;
                 for n in 0..N {
                     for (k, sum) in column[n].as_mut().iter_mut().enumerate() {
                         let mut v = s.load(&sum.0);

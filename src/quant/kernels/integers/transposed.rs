@@ -7,11 +7,13 @@ use crate::ffi::compute::{Columns, for_each_columns, threads};
 use crate::ffi::simd::{BYTES, DotI8, I8Kernel, LANES, Simd, dispatch_i8};
 
 /// Units of sixty-four columns that a thread takes at a time.
-const STRIP: usize = 4;
+const STRIP: usize = 8;
 /// Rows of W between which sums lie in memory.
 const DEPTH: usize = 4 * BYTES;
 /// Rows of W that an instruction takes.
 const FOUR: usize = 4;
+/// Rows of W whose bytes are asked for ahead: each is in another page of memory.
+const AHEAD: usize = 2 * FOUR;
 
 /// Sixteen sums.
 type Lanes = Line<[i32; LANES]>;
@@ -84,6 +86,9 @@ impl<T: Float> Transposed<'_, T> {
             let row = |k: usize| &self.w.row((start + FOUR * four + k).min(out - 1))[self.first..][..blocks.len()];
             let rows = [row(0), row(1), row(2), row(3)];
             for (u, block) in blocks.iter_mut().enumerate() {
+                for row in rows {
+                    d.simd().prefetch(row[u].as_ptr().wrapping_add(AHEAD * self.w.row));
+                }
                 let bytes = [d.load(&rows[0][u]), d.load(&rows[1][u]), d.load(&rows[2][u]), d.load(&rows[3][u])];
                 for (to, bytes) in block[four].iter_mut().zip(d.interleave(bytes)) {
                     d.store(bytes, &mut to.0);
