@@ -10,7 +10,7 @@ pub(super) struct Ahead {
     first: *const u8,
     /// Bytes of a row.
     row: usize,
-    /// Units that were gone by.
+    /// Units that have gone by.
     gone: usize,
 }
 
