@@ -64,8 +64,8 @@ fn whole_units<F: Format, E: Element<F>>(format: &F, inn: usize) -> bool {
     format.block_len().is_multiple_of(E::UNIT) && inn.is_multiple_of(format.block_len())
 }
 
-/// Rows of x or g, of this width, as bf16 to be multiplied as such: if that is what they and the weight are, or what f32
-/// may be rounded to, and the processor and the format gain by it; the unit tests take any processor that can.
+/// x or g as bf16 to be multiplied as such: if that is what they and the weight are, or what f32 may be rounded to, and
+/// the processor gains by it; the unit tests take any processor that can.
 fn in_bf16<'a, F: InBf16, T: Float>(format: &F, inn: usize, from: &'a [T], may_round: bool) -> Option<Cow<'a, [bf16]>> {
     let gains = if cfg!(test) { multiplies_bf16() } else { multiplies_bf16_faster() };
     if !gains || !whole_units::<F, bf16>(format, inn) {
